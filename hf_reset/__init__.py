@@ -1,0 +1,59 @@
+"""Fine-tuning that survives wrong labels, by stochastic resetting (Bae, Song, Jeong 2025, arXiv 2406.00396).
+
+The public names are imported from here. They load on first use, so that the parts which need no torch
+(``hf_reset.policy``, ``hf_reset.noise``, ``hf_reset.corpora``, …) and ``--help`` stay quick. No module of
+the package imports this file from inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_reset.anchor import AnchorStore
+    from hf_reset.arguments import ResetArguments, ResetTrainingArguments
+    from hf_reset.callback import StochasticResetCallback
+    from hf_reset.policy import ResetConfig
+    from hf_reset.scopes import select_parameters
+    from hf_reset.trainer import ResetTrainer, ResetTrainerMixin
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AnchorStore": "hf_reset.anchor",
+    "ResetArguments": "hf_reset.arguments",
+    "ResetConfig": "hf_reset.policy",
+    "ResetTrainer": "hf_reset.trainer",
+    "ResetTrainerMixin": "hf_reset.trainer",
+    "ResetTrainingArguments": "hf_reset.arguments",
+    "StochasticResetCallback": "hf_reset.callback",
+    "select_parameters": "hf_reset.scopes",
+}
+
+# Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
+_MODULES = ("corpora", "diagnostics", "errors", "losses", "metrics", "noise", "policy", "report", "theory")
+
+__all__ = [
+    "AnchorStore",
+    "ResetArguments",
+    "ResetConfig",
+    "ResetTrainer",
+    "ResetTrainerMixin",
+    "ResetTrainingArguments",
+    "StochasticResetCallback",
+    "__version__",
+    "select_parameters",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"hf_reset.{name}")
+    raise AttributeError(f"module 'hf_reset' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])
