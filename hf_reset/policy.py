@@ -1,0 +1,250 @@
+"""When to reset, and what becomes of the anchor: pure decisions on plain values, without torch.
+
+A run is described by a `ResetConfig` (what the user wants) and a `ResetState` (what has happened so far).
+`observe` takes an evaluation in, `decide` says whether an optimizer step ends in a reset, and both are
+functions of their arguments alone. The randomness is `uniform(seed, step)`, a keyed hash: nothing to save,
+every rank draws the same number without talking, and any run can be audited afterwards.
+
+Reference: Y. Bae, Y. Song, H. Jeong, "Stochastic resetting mitigates latent gradient bias of SGD from label
+noise", Mach. Learn.: Sci. Technol. 6 (2025) 015062, arXiv 2406.00396. In its symbols, `probability` is r and
+the anchor is the checkpoint θ_c.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from hf_reset.errors import ConfigError
+
+Scope: TypeAlias = str | Sequence[str]
+
+_CHOICES = {
+    "policy": ("bernoulli", "periodic"),
+    "anchor": ("best", "fixed"),
+    "optimizer_state": ("restore", "zero", "keep"),
+    "storage": ("device", "cpu"),
+    "finish": ("anchor", "last"),
+}
+
+
+@dataclass(frozen=True)
+class ResetConfig:
+    """What to reset, when, and to what. Frozen, JSON-plain, validated when made.
+
+    Args:
+        probability: r of the paper, the chance that an optimizer step ends in a reset, in [0, 1]. The mean
+            excursion is 1/r steps, and a run of S steps after resets have begun expects r·S resets. The
+            paper's r is per mini-batch iteration, which is an optimizer step here.
+        scope: which trainable parameters go back: "all", "head", "adapters", "last:K" (the last K
+            transformer blocks and the head), a regular expression (`re.search` on parameter names), or a
+            list of names and suffixes. See `hf_reset.select_parameters`.
+        policy: "bernoulli" draws at each step with `probability`; "periodic" resets every round(1/r) steps,
+            the sharp restart of first-passage theory.
+        patience: evaluations without a new best before resets begin; they then stay on. 0: from the first
+            anchor on.
+        metric: the evaluation result that chooses anchors, with or without its "eval_" prefix. None:
+            `args.metric_for_best_model`, else "eval_loss". Noisy validation is enough.
+        greater_is_better: direction of `metric`. None: `args.greater_is_better` where `metric` is the
+            Trainer's own, else False for names ending in "loss" and True for the rest.
+        min_delta: how much better than the best a metric must be to count as a new best, in its units.
+        anchor: "best" moves θ_c to each new best (the paper's adaptive checkpoint); "fixed" leaves it where
+            it is once resets have begun.
+        optimizer_state: what a reset does with the optimizer's state of the scope: "restore" what it was at
+            the anchor, "zero" it as if fresh, or "keep" it. The learning-rate schedule always goes on.
+        storage: where the anchor lies: "device", beside the weights, or "cpu" (pinned where there is CUDA).
+        finish: weights at the end of training: "anchor", or "last" for those of the last step. Where
+            `load_best_model_at_end` loads a checkpoint, that one stands.
+        max_resets: resets after which no more happen; None: no limit. 0 keeps the best weights in memory,
+            without a single reset.
+        seed: of the draws; None: `args.seed`.
+
+    With `probability=0` (or `max_resets=0`) and `finish="last"` the run is the plain Trainer's, bit for bit,
+    and no anchor is stored.
+
+    Raises:
+        ConfigError: a field has a value it cannot have; the message names it, the value, and the remedy.
+    """
+
+    probability: float = 0.01
+    scope: Scope = "all"
+    policy: Literal["bernoulli", "periodic"] = "bernoulli"
+    patience: int = 2
+    metric: str | None = None
+    greater_is_better: bool | None = None
+    min_delta: float = 0.0
+    anchor: Literal["best", "fixed"] = "best"
+    optimizer_state: Literal["restore", "zero", "keep"] = "restore"
+    storage: Literal["device", "cpu"] = "device"
+    finish: Literal["anchor", "last"] = "anchor"
+    max_resets: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_real(self.probability) or not 0 <= self.probability <= 1:
+            raise ConfigError(
+                f"`probability` must be in [0, 1], got {self.probability!r}. It is per optimizer step: "
+                "0.01 resets every 100 steps on average."
+            )
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        for name in ("patience", "max_resets", "seed"):
+            value = getattr(self, name)
+            if value is None and name != "patience":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or (value < 0 and name != "seed"):
+                wanted = "an integer" if name == "seed" else "an integer of at least 0"
+                raise ConfigError(f"`{name}` must be {wanted}, got {value!r}.")
+        if not _is_real(self.min_delta) or self.min_delta < 0 or math.isinf(self.min_delta):
+            raise ConfigError(
+                f"`min_delta` must be a finite number of at least 0, got {self.min_delta!r}. "
+                "It is a distance in the metric's units, whatever the direction."
+            )
+        if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
+            raise ConfigError(f"`metric` must be the name of an evaluation result or None, got {self.metric!r}.")
+        if self.greater_is_better is not None and not isinstance(self.greater_is_better, bool):
+            raise ConfigError(f"`greater_is_better` must be True, False or None, got {self.greater_is_better!r}.")
+        object.__setattr__(self, "scope", _checked_scope(self.scope))
+
+    @property
+    def can_reset(self) -> bool:
+        """Whether any step can end in a reset."""
+        return self.probability > 0 and self.max_resets != 0
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether an anchor is ever read, by a reset or at the end of training."""
+        return self.can_reset or self.finish == "anchor"
+
+    @property
+    def period(self) -> int:
+        """Steps between two resets of the periodic policy, round(1/r)."""
+        return max(1, round(1 / self.probability))
+
+
+@dataclass(frozen=True)
+class ResetState:
+    """What has happened so far, in plain values. Steps are counted as `state.global_step`.
+
+    Attributes:
+        best: the best value of the metric so far, None before the first finite one.
+        anchor_step: optimizer steps done when the anchor was taken, None before the first anchor.
+        anchor_metric: the metric at the anchor.
+        evaluations_since_best: evaluations since the last new best.
+        armed_step: optimizer steps done when resets began; None: they have not. They never end again.
+        resets: how many resets there have been.
+        last_reset_step: index of the last step that ended in a reset.
+    """
+
+    best: float | None = None
+    anchor_step: int | None = None
+    anchor_metric: float | None = None
+    evaluations_since_best: int = 0
+    armed_step: int | None = None
+    resets: int = 0
+    last_reset_step: int | None = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether resets have begun."""
+        return self.armed_step is not None
+
+    def after_reset(self, step: int) -> ResetState:
+        """The state once step `step` has ended in a reset."""
+        return replace(self, resets=self.resets + 1, last_reset_step=step)
+
+
+def observe(
+    config: ResetConfig, state: ResetState, metric: float, step: int, *, greater_is_better: bool
+) -> tuple[ResetState, bool]:
+    """Take in one evaluation.
+
+    Args:
+        config: the configuration; `patience`, `min_delta` and `anchor` are read.
+        state: what has happened so far.
+        metric: the value of the metric; one that is not finite is never a best.
+        step: optimizer steps done.
+        greater_is_better: the metric's direction.
+
+    Returns:
+        The new state, and whether the anchor moves to the weights just evaluated.
+    """
+    if is_better(metric, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta):
+        moved = config.anchor == "best" or not state.armed
+        state = replace(state, best=metric, evaluations_since_best=0)
+        if moved:
+            state = replace(state, anchor_step=step, anchor_metric=metric)
+    else:
+        moved = False
+        state = replace(state, evaluations_since_best=state.evaluations_since_best + 1)
+    if not state.armed and state.anchor_step is not None and state.evaluations_since_best >= config.patience:
+        state = replace(state, armed_step=step)
+    return state, moved
+
+
+def is_better(metric: float, best: float | None, *, greater_is_better: bool, min_delta: float = 0.0) -> bool:
+    """Whether `metric` is a new best: finite, and better than `best` by more than `min_delta`."""
+    if not math.isfinite(metric):
+        return False
+    if best is None:
+        return True
+    return metric > best + min_delta if greater_is_better else metric < best - min_delta
+
+
+def decide(config: ResetConfig, state: ResetState, step: int, *, seed: int) -> bool:
+    """Whether optimizer step `step` (its index, `state.global_step` before it is counted) ends in a reset.
+
+    Bernoulli: `uniform(seed, step) < probability`. Periodic: `period` steps after the last reset, or after
+    resets began.
+    """
+    if not config.can_reset or state.armed_step is None:
+        return False
+    if config.max_resets is not None and state.resets >= config.max_resets:
+        return False
+    if config.policy == "periodic":
+        last = state.armed_step - 1 if state.last_reset_step is None else state.last_reset_step
+        return step - last >= config.period
+    return uniform(seed, step) < config.probability
+
+
+def uniform(seed: int, step: int) -> float:
+    """The draw that decides step `step`: uniform on [0, 1), 53 bits, a keyed hash of its two arguments.
+
+    It reads and moves no generator, and does not depend on a library's version.
+    """
+    digest = hashlib.blake2b(f"reset:{seed}:{step}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _checked_scope(scope: Any) -> str | list[str]:
+    """The scope as a string or a list of strings, once its form is right; names are checked on the model."""
+    if isinstance(scope, str) and scope:
+        if scope.startswith("last:"):
+            if not re.fullmatch(r"last:[1-9]\d*", scope):
+                raise ConfigError(f'`scope` "last:K" needs a whole K of at least 1, got {scope!r}.')
+        elif scope not in ("all", "head", "adapters"):
+            try:
+                re.compile(scope)
+            except re.error as error:
+                raise ConfigError(
+                    f'`scope` {scope!r} is not a valid regular expression: {error}. A scope is "all", '
+                    '"head", "adapters", "last:K", a regular expression, or a list of names.'
+                ) from None
+        return scope
+    if isinstance(scope, Sequence) and not isinstance(scope, str) and scope:
+        if all(isinstance(item, str) and item for item in scope):
+            return list(scope)
+    raise ConfigError(
+        f'`scope` must be "all", "head", "adapters", "last:K", a regular expression, or a non-empty list of '
+        f"parameter names or suffixes, got {scope!r}."
+    )
