@@ -1,0 +1,276 @@
+"""What the recipes share about being run: options, files of data, and the loop over arms and seeds.
+
+Kept free of torch, so that ``--help`` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from hf_reset.errors import ConfigError, DataError
+from hf_reset.report.results import plain
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback, TrainingArguments
+
+    from hf_reset.report.results import Results
+
+_FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser which raises what argparse would print and exit with, without the page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See --help.")
+
+
+def show_help(argv: Sequence[str], recipe_arguments: type, *, description: str) -> bool:
+    """Answer ``-h`` or ``--help`` from the recipe's own options alone, before torch is imported.
+
+    Args:
+        argv: the command line without the script's name.
+        recipe_arguments: the recipe's dataclass.
+        description: the recipe's docstring.
+
+    Returns:
+        Whether help was asked for (and printed).
+    """
+    if not {"-h", "--help"} & set(argv):
+        return False
+    parser = HfArgumentParser(
+        recipe_arguments,  # type: ignore[arg-type]
+        description=description,
+        epilog="Every field of transformers.TrainingArguments and every reset_* field of "
+        "hf_reset.ResetTrainingArguments is an option too; --help_all lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config_option(parser)
+    parser.print_help()
+    return True
+
+
+def parse_recipe(argument_classes: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Options of a recipe: from ``--config FILE.yaml``, overridden by those on the command line.
+
+    Args:
+        argument_classes: dataclasses whose fields are the options.
+        argv: the command line without the script's name.
+
+    Returns:
+        One instance of each class, in order; then the configuration, JSON-plain, for ``results.json``: all that
+        was given, all fields of the first class, and all ``reset_*`` fields.
+
+    Raises:
+        ConfigError: an option is unknown (the nearest known one is named), or has a value it cannot have; the
+            configuration file is missing or is not a mapping.
+    """
+    parser = _Parser(argument_classes, allow_abbrev=False)  # type: ignore[arg-type]
+    _add_config_option(parser)
+    parser.add_argument("--help_all", action="help", help="list every option and exit")
+    known = {field.name for cls in argument_classes for field in fields(cls) if field.init}
+    early, _ = _config_parser().parse_known_args(argv)
+    from_file = [] if early.config is None else _as_options(read_config(early.config, known))
+    *parsed, rest = parser.parse_args_into_dataclasses(
+        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ConfigError(f"option {rest[0]!r} is not known{_nearest(rest[0].lstrip('-'), known)}. See --help.")
+    instances = parsed[: len(argument_classes)]
+    return (*instances, _configuration(instances, given=_option_names([*from_file, *argv]) & known))
+
+
+def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
+    """A YAML configuration as a mapping of option to value.
+
+    Args:
+        path: the file.
+        known: the names that options may have.
+
+    Raises:
+        ConfigError: the file is missing, is not a mapping, or holds an unknown key (the nearest is named).
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"`config` {str(path)!r} cannot be read ({error}). Give a YAML file.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"`config` {str(path)!r} must hold `option: value` lines, got {type(content).__name__}.")
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"`config` {str(path)!r} has the unknown key {key!r}{_nearest(str(key), known)}.")
+    return content
+
+
+def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[tuple[str, int]]:
+    """The (arm, seed) pairs of a study: both arms from each seed under ``compare``, else the one asked for.
+
+    Args:
+        seeds: one run an arm each; at least one, none twice.
+        compare: run ``plain`` and ``reset``.
+        resets: without ``compare``, whether the arm is ``reset`` (its probability is above 0) or ``plain``.
+
+    Raises:
+        ConfigError: no seed, or one twice; ``compare`` without resets.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"`seeds` must name at least one seed and none twice, got {list(seeds)}.")
+    if compare and not resets:
+        raise ConfigError("`compare` with `reset_probability` 0 sets plain beside plain. Give a reset_probability.")
+    arms = ("plain", "reset") if compare else ("reset",) if resets else ("plain",)
+    return [(arm, seed) for seed in seeds for arm in arms]
+
+
+def run_arms(
+    results: Results,
+    runs: Sequence[tuple[str, int]],
+    run_one: Callable[[str, int], Mapping[str, Any]],
+    *,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run each (arm, seed) that has no record yet, and keep its record at once.
+
+    Args:
+        results: where records are kept.
+        runs: see :func:`planned_runs`.
+        run_one: trains and measures one arm from one seed; its record lacks only ``arm`` and ``seed``.
+        say: how progress is told.
+    """
+    for number, (arm, seed) in enumerate(runs, start=1):
+        where = f"[{number}/{len(runs)}] {arm}, seed {seed}"
+        if results.has(arm, seed):
+            say(f"{where}: recorded already, skipped")
+            continue
+        say(f"{where}: training")
+        results.add({"arm": arm, "seed": seed, **run_one(arm, seed)})
+
+
+def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[TrainerCallback]:
+    """Progress bars on a terminal; elsewhere (a log file, CI) one line an evaluation.
+
+    Args:
+        training_arguments: ``disable_tqdm`` is set where there is no terminal.
+
+    Returns:
+        Callbacks to hand to each Trainer.
+    """
+    if sys.stderr.isatty():
+        return []
+    from datasets import disable_progress_bars
+    from transformers import TrainerCallback
+
+    disable_progress_bars()
+    training_arguments.disable_tqdm = True
+
+    class EvaluationLines(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero and state.max_steps:
+                loss = kwargs.get("metrics", {}).get("eval_loss", float("nan"))
+                print(f"  step {state.global_step}/{state.max_steps}: validation loss {loss:.4f}", flush=True)
+
+    return [EvaluationLines()]
+
+
+def load_file(path: str | Path, *, argument: str) -> Dataset:
+    """A local csv, tsv, json, jsonl or parquet file, or one of these gzipped, as a data set.
+
+    Args:
+        path: the file.
+        argument: name of the option it came by, for messages.
+
+    Raises:
+        DataError: the file is missing, has another suffix, or cannot be read.
+    """
+    from datasets import Dataset, load_dataset
+
+    path = Path(path)
+    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in _FORMATS:
+        raise DataError(f"`{argument}` {str(path)!r} has none of the suffixes {', '.join(_FORMATS)} (or with .gz).")
+    if not path.is_file():
+        raise DataError(f"`{argument}` {str(path)!r} is not a file. Check the path (seen from {Path.cwd().name!r}).")
+    options: dict[str, Any] = {"delimiter": "\t"} if kind == "tsv" else {}
+    try:
+        loaded = load_dataset(_FORMATS[kind], data_files=str(path), **options)["train"]
+    except Exception as error:  # whatever the reader of that format raises: the file is not what its suffix says
+        reason = error.__cause__ or error
+        raise DataError(f"`{argument}` {str(path)!r} cannot be read as {_FORMATS[kind]} ({reason}).") from error
+    assert isinstance(loaded, Dataset)
+    return loaded
+
+
+def load_named(name: str, config: str | None = None) -> dict[str, Dataset]:
+    """The splits of a data set on the hub, or of a local directory, by name.
+
+    Raises:
+        DataError: it cannot be loaded, or has no ``train`` split.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        loaded = load_dataset(name, config)
+    except Exception as error:  # offline, no such name, a script refused: the remedy is the same
+        raise DataError(
+            f"`dataset_name` {name!r} cannot be loaded ({error}). Check the name and the network, or give "
+            "local files with --train_file."
+        ) from error
+    assert isinstance(loaded, DatasetDict)
+    if "train" not in loaded:
+        raise DataError(f"`dataset_name` {name!r} has no split 'train', only {', '.join(map(str, loaded))}.")
+    return {str(split): rows for split, rows in loaded.items()}
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _add_config_option(parser)
+    return parser
+
+
+def _add_config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE.yaml", help="options as YAML; the command line overrides them")
+
+
+def _as_options(config: Mapping[str, Any]) -> list[str]:
+    """The configuration as command-line words, so that both go through the same types and choices."""
+    words: list[str] = []
+    for key, value in config.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
+    return words
+
+
+def _option_names(words: Sequence[str]) -> set[str]:
+    names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
+
+
+def _configuration(instances: Sequence[Any], given: set[str]) -> dict[str, Any]:
+    first = instances[0]
+    return {
+        field.name: plain(getattr(instance, field.name))
+        for instance in instances
+        for field in fields(instance)
+        if (instance is first or field.name in given or field.name.startswith("reset_"))
+        and not field.name.endswith("_token")
+    }
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.split("=")[0].replace("-", "_"), sorted(known), n=1)
+    return f" (the nearest known is {close[0]!r})" if close else ""

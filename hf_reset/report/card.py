@@ -1,0 +1,148 @@
+"""Tables and the Markdown report, rendered from the records of a results file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        key: the key of a record, e.g. ``"test_accuracy_last"``. Absent or None shows as "–".
+        heading: what stands above it.
+        digits: digits after the point.
+        scale: the factor between the record's unit and the one shown, e.g. 2**-20 for MiB.
+    """
+
+    key: str
+    heading: str
+    digits: int = 3
+    scale: float = 1.0
+
+
+COST_COLUMNS = (
+    Column("resets", "resets", digits=1),
+    Column("train_seconds", "train seconds", digits=0),
+    Column("peak_memory_bytes", "peak memory, MiB", digits=0, scale=2**-20),
+)
+
+
+def arms_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arms in the order in which they first appear."""
+    return list(dict.fromkeys(record["arm"] for record in records))
+
+
+def mean_and_sd(values: Sequence[float | None]) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation (n − 1) of the values that are there.
+
+    Returns:
+        None when there is no value; the deviation is None when there is only one.
+    """
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def summary_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """A Markdown table with one row an arm: mean ± sample standard deviation over its seeds.
+
+    Args:
+        records: the records of a results file.
+        columns: what to show, left to right.
+    """
+    rows = [
+        [
+            arm,
+            str(len(of_arm)),
+            *(_spread([record.get(column.key) for record in of_arm], column) for column in columns),
+        ]
+        for arm in arms_of(records)
+        for of_arm in [[record for record in records if record["arm"] == arm]]
+    ]
+    return markdown_table(["arm", "seeds", *(column.heading for column in columns)], rows)
+
+
+def records_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """A Markdown table with one row a record."""
+    rows = [
+        [
+            record["arm"],
+            str(record["seed"]),
+            *(_spread([record.get(column.key)], column) for column in columns),
+        ]
+        for record in records
+    ]
+    return markdown_table(["arm", "seed", *(column.heading for column in columns)], rows)
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a pipe within a cell is escaped."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown_report(
+    results: Mapping[str, Any],
+    columns: Sequence[Column],
+    *,
+    title: str,
+    chosen_by: str,
+    figure: str | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> str:
+    """The report of one study.
+
+    Args:
+        results: the content of a results file.
+        columns: the measures, left to right; what a run cost is added.
+        title: its heading.
+        chosen_by: one sentence on what chose the anchors (noisy or trusted validation labels).
+        figure: name of the picture beside the report; None for none.
+        sections: further sections, heading to Markdown text.
+
+    Returns:
+        Markdown, ending in a newline.
+    """
+    shown = [*columns, *COST_COLUMNS]
+    records = results["records"]
+    parts = [f"# {title}", f"**What chose the anchors:** {chosen_by}", summary_table(records, shown)]
+    parts.append("Mean ± sample standard deviation over seeds.")
+    if figure:
+        parts.append(f"![Curves of the run]({figure})")
+    if results.get("notes"):
+        parts += ["## Notes", "\n".join(f"- {note}" for note in results["notes"])]
+    for heading, text in (sections or {}).items():
+        parts += [f"## {heading}", text]
+    parts += ["## Every run", records_table(records, shown)]
+    parts += ["## Environment", _bullets(_flat(results.get("environment", {})))]
+    parts += [
+        "## Configuration",
+        _bullets({k: v for k, v in results["configuration"].items() if v is not None}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _spread(values: Sequence[float | None], column: Column) -> str:
+    spread = mean_and_sd([None if value is None else value * column.scale for value in values])
+    if spread is None:
+        return "–"
+    mean, deviation = spread
+    digits = 0 if deviation is None and float(mean).is_integer() and column.digits <= 1 else column.digits
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat.update(value if isinstance(value, Mapping) else {key: value})
+    return flat
+
+
+def _bullets(entries: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {key}: `{value}`" for key, value in entries.items())

@@ -1,0 +1,172 @@
+"""The figure of a study: a row of panels, plain against reset arms, thin lines for seeds and their mean.
+
+A record brings its curves along: ``record["history"]`` maps a series' name to ``[[step, value], …]`` and
+``record["reset_steps"]`` lists the steps at which a reset happened. matplotlib is imported only when a figure
+is drawn, and drawn on without a display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_reset.errors import DataError
+from hf_reset.report.card import arms_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, told apart by all common forms of colour vision; dashes tell arms apart in grey.
+_ARM_STYLES = {"plain": ("#D55E00", (0, (5, 2))), "reset": ("#0072B2", "solid")}
+_OTHER_STYLES = (
+    ("#009E73", (0, (1, 1))),
+    ("#CC79A7", (0, (3, 1, 1, 1))),
+    ("#56B4E9", "dashdot"),
+    ("#000000", "solid"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of the figure.
+
+    Args:
+        series: name of the curve in ``record["history"]``.
+        title: what stands above it.
+        ylabel: quantity and unit.
+        marks_resets: draw a rug of the resets, one row a seed, under the curves.
+        final: key of a record whose value is drawn as a marker at the end of the run (the mean over seeds).
+        final_label: what the legend says of that marker.
+        limits: lower and upper end of the vertical axis; None lets the data choose.
+    """
+
+    series: str
+    title: str
+    ylabel: str
+    marks_resets: bool = False
+    final: str | None = None
+    final_label: str = "at the last step"
+    limits: tuple[float, float] | None = None
+
+
+def plot_runs(
+    records: Sequence[Mapping[str, Any]],
+    panels: Sequence[Panel],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    xlabel: str = "optimizer step",
+) -> Path:
+    """Draw the panels side by side and write them to ``path`` (its suffix says the format).
+
+    A panel for which no record has a curve is left out.
+
+    Args:
+        records: the records of a results file.
+        panels: left to right.
+        path: where the picture goes; its folder is made if need be.
+        title: a line above all panels.
+        xlabel: label of the horizontal axes.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: no record has a curve for any panel.
+    """
+    drawn = [panel for panel in panels if any(_curve(record, panel.series) for record in records)]
+    if not drawn:
+        names = ", ".join(panel.series for panel in panels)
+        raise DataError(f"no record has a curve to draw: `history` holds none of {names}.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(drawn), 3.7), layout="constrained")
+    FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
+    axes = figure.subplots(1, len(drawn), squeeze=False)[0]
+    styles = _styles(arms_of(records))
+    for axis, panel in zip(axes, drawn, strict=True):
+        _draw_panel(axis, panel, records, styles)
+        axis.set_xlabel(xlabel)
+    handles, labels = _legend_entries(axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Any]) -> None:
+    for arm, (colour, dash) in styles.items():
+        of_arm = [record for record in records if record["arm"] == arm]
+        curves = [curve for record in of_arm if (curve := _curve(record, panel.series))]
+        if not curves:
+            continue
+        for curve in curves:
+            axis.plot(*zip(*curve, strict=True), color=colour, linestyle=dash, linewidth=0.8, alpha=0.4)
+        mean = _mean_curve(curves)
+        axis.plot(*zip(*mean, strict=True), color=colour, linestyle=dash, linewidth=2.2, label=arm)
+        finals = [record[panel.final] for record in of_arm if panel.final and record.get(panel.final) is not None]
+        if finals:
+            end = max(step for curve in curves for step, _ in curve)
+            marker = {
+                "marker": "D",
+                "markersize": 7,
+                "markeredgecolor": "white",
+                "linestyle": "none",
+                "zorder": 5,
+            }
+            label = f"{arm}: {panel.final_label}"
+            axis.plot([end], [sum(finals) / len(finals)], color=colour, label=label, clip_on=False, **marker)
+    if panel.limits:
+        axis.set_ylim(*panel.limits)
+    if panel.marks_resets:
+        _draw_rug(axis, records, styles)
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_ylabel(panel.ylabel, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def _draw_rug(axis: Axes, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Any]) -> None:
+    rows = [record for record in records if record.get("reset_steps")]
+    if not rows:
+        return
+    low, high = axis.get_ylim()
+    row_height = 0.045 * (high - low)
+    axis.set_ylim(low - row_height * (len(rows) + 0.5), high)
+    for row, record in enumerate(rows):
+        steps = record["reset_steps"]
+        height = low - row_height * (row + 0.5)
+        label = "a reset (one row a seed)" if row == 0 else None
+        mark = {"marker": "|", "markersize": 5, "markeredgewidth": 1.0, "linestyle": "none"}
+        axis.plot(steps, [height] * len(steps), color=styles[record["arm"]][0], label=label, **mark)
+
+
+def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)
+
+
+def _curve(record: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
+    return [(step, value) for step, value in record.get("history", {}).get(name, []) if value is not None]
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean over the curves at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    shared = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in shared]
+
+
+def _styles(arms: Sequence[str]) -> dict[str, Any]:
+    spare = iter(_OTHER_STYLES * (1 + len(arms) // len(_OTHER_STYLES)))
+    return {arm: _ARM_STYLES[arm] if arm in _ARM_STYLES else next(spare) for arm in arms}

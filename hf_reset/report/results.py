@@ -1,0 +1,296 @@
+"""The results file of a recipe: configuration, environment, and one record an arm and seed.
+
+``results.json`` is the one source that reports, figures and README tables are rendered from. It is written
+after every finished run, whole or not at all, so that a study which is cut off keeps what it has.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_reset.errors import ConfigError, DataError
+
+RESULTS_NAME = "results.json"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "peft",
+    "trl",
+    "numpy",
+    "hf-reset",
+)
+
+
+def write_atomic(path: str | Path, text: str) -> Path:
+    """Write ``text`` to ``path``, whole or not at all: a temporary name beside it, then ``os.replace``.
+
+    Args:
+        path: the file; its folder is made if need be.
+        text: what it shall hold, written as UTF-8.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: numpy as numbers, paths and enums as text, NaN and ±inf as None."""
+    if isinstance(value, bool) or value is None or isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return str(getattr(value, "value", value))  # a str enum, such as transformers' strategies
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
+        return plain(value.tolist())
+    if isinstance(value, (Sequence, set, frozenset)):
+        return [plain(entry) for entry in value]
+    return str(getattr(value, "value", value))
+
+
+def environment_record(device: Any = None, *, processes: int = 1) -> dict[str, Any]:
+    """Where a run took place: versions, platform, cores, device.
+
+    Args:
+        device: the ``torch.device`` trained on; None says nothing of a device.
+        processes: number of processes that trained together.
+
+    Returns:
+        JSON-plain; ``packages`` maps each installed package of interest to its version.
+    """
+    record: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "processes": processes,
+    }
+    for name in _PACKAGES:
+        try:
+            record["packages"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device is not None:
+        record["device"] = _device_name(device)
+        record["peak_memory_is"] = _peak_memory_meaning(device)
+    return record
+
+
+def reset_peak_memory(device: Any) -> None:
+    """Begin to count peak memory afresh, as far as the platform lets us (see :func:`peak_memory_bytes`)."""
+    if _is_cuda(device):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # proc(5): resets the peak resident set size, VmHWM
+    except OSError:
+        pass
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """Most memory used since :func:`reset_peak_memory`, in bytes.
+
+    On CUDA what torch allocated on the device; elsewhere the resident set of this process (on Linux since the
+    count was begun, on other systems since the process started; 0 where neither can be read).
+    """
+    if _is_cuda(device):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line for line in file if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return _lifetime_peak_bytes()
+
+
+class Results:
+    """The records of one study, kept in ``OUTPUT_DIR/results.json``.
+
+    Args:
+        output_dir: folder of the study.
+        recipe: the recipe's name, e.g. ``"text_classification"``.
+        configuration: everything that was asked for, JSON-plain.
+        environment: see :func:`environment_record`.
+        resume: take over the records that lie there already, when their configuration is this one. False: a
+            folder with a run in it is refused.
+        free: configuration keys that may differ from those of the records taken over, such as ``seeds``.
+        write: False on the processes that are not the main one; they keep records but touch no file.
+
+    Raises:
+        ConfigError: ``output_dir`` has a run in it and ``resume`` is False, or its configuration differs.
+        DataError: the file there cannot be read.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        recipe: str,
+        configuration: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        resume: bool = False,
+        free: Sequence[str] = ("seeds", "compare", "output_dir", "resume_from_checkpoint"),
+        write: bool = True,
+    ) -> None:
+        self.path = Path(output_dir) / RESULTS_NAME
+        self.recipe = recipe
+        self.configuration = plain(configuration)
+        self.environment = plain(environment)
+        self.notes: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self._write = write
+        check_output_dir(output_dir, resume=resume)
+        if resume and self.path.exists():
+            earlier = read_results(self.path)
+            _refuse_other_configuration(self.path, earlier["configuration"], self.configuration, free)
+            self.records = list(earlier["records"])
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Whether the record of this arm and seed is there."""
+        return any(record["arm"] == arm and record["seed"] == seed for record in self.records)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Put in the record of one arm and seed, replacing an earlier one of the same, and write the file."""
+        new = plain(record)
+        key = (new["arm"], new["seed"])
+        self.records = [old for old in self.records if (old["arm"], old["seed"]) != key] + [new]
+        self.save()
+
+    def note(self, text: str) -> None:
+        """Remember a sentence for the report (what was dropped, what chose the anchors), once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def save(self) -> None:
+        """Write the file, atomically; on a process that does not write, nothing."""
+        if self._write:
+            write_atomic(self.path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "recipe": self.recipe,
+            "configuration": self.configuration,
+            "environment": self.environment,
+            "notes": list(self.notes),
+            "records": self.records,
+        }
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The content of a results file (or of the one in a folder).
+
+    Raises:
+        DataError: the file is missing, is not JSON, or has no ``configuration`` or ``records``.
+    """
+    path = Path(path)
+    path = path / RESULTS_NAME if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"results file {str(path)!r} cannot be read ({error}). Give a results.json.") from error
+    if not isinstance(content, dict) or not {"configuration", "records"} <= content.keys():
+        raise DataError(f"{str(path)!r} is not a results file: it has no `configuration` and `records`.")
+    return content
+
+
+def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
+    """Refuse a folder that has a run in it, unless the run is to be taken up again.
+
+    A run shows by a results file, a Trainer checkpoint, or a run's folder with one (``ARM-seed0``).
+
+    Raises:
+        ConfigError: ``output_dir`` is not a folder, or has a run in it and ``resume`` is False.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`output_dir` is {str(output_dir)!r}, which is a file. Name a folder.")
+    if resume or not folder.is_dir():
+        return
+    found = next(
+        (
+            entry.relative_to(folder)
+            for pattern in (RESULTS_NAME, "checkpoint-*", "*-seed*/checkpoint-*")
+            for entry in sorted(folder.glob(pattern))
+        ),
+        None,
+    )
+    if found is not None:
+        raise ConfigError(
+            f"`output_dir` is {str(output_dir)!r}, which has a run in it ({found}). Name another folder with "
+            "--output_dir, take the run up again with --resume_from_checkpoint last, or remove the folder."
+        )
+
+
+def series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """One curve of a run: ``[[step, value], …]`` for every entry of the log history that has ``key``."""
+    return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
+
+
+def _refuse_other_configuration(
+    path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]
+) -> None:
+    differing = sorted(
+        key for key in earlier.keys() | now.keys() if key not in free and earlier.get(key) != now.get(key)
+    )
+    if differing:
+        said = "; ".join(f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} now" for key in differing[:5])
+        raise ConfigError(
+            f"the run in `output_dir` ({path}) has another configuration ({said}). Give the same options to "
+            "take it up again, or name another folder with --output_dir."
+        )
+
+
+def _is_cuda(device: Any) -> bool:
+    return getattr(device, "type", None) == "cuda"
+
+
+def _device_name(device: Any) -> str:
+    if _is_cuda(device):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return str(getattr(device, "type", device))
+
+
+def _peak_memory_meaning(device: Any) -> str:
+    if _is_cuda(device):
+        return "allocated by torch on the device, of the main process"
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        return "resident set of the main process during the run"
+    return "resident set of the main process since it started"
+
+
+def _lifetime_peak_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if platform.system() == "Darwin" else 1024)
