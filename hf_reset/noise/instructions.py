@@ -181,7 +181,8 @@ def _swap(texts: Sequence[str], count: int, seed: int, free: Sequence[int] | Non
     """Random rows, ``count`` of them and from ``free`` alone, on a cycle that never meets the same text twice."""
     if count == 0:
         return {}
-    order = np.random.default_rng([seed, 0]).permutation(range(len(texts)) if free is None else free).tolist()
+    rows = range(len(texts)) if free is None else free
+    order: list[int] = np.random.default_rng([seed, 0]).permutation(rows).tolist()
     if count == 1:
         raise DataError(
             f"'swap' exchanges responses and needs at least two rows to change, but `rate` of {len(texts)} rows is 1. "
