@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hf_reset.noise.instructions import corrupt_responses
-from hf_reset.noise.instructions import corrupt_responses
 from hf_reset.noise.labels import corrupt_labels
 from hf_reset.noise.matrices import (
     Learnability,
@@ -18,7 +17,6 @@ from hf_reset.noise.matrices import (
 __all__ = [
     "Learnability",
     "corrupt_labels",
-    "corrupt_responses",
     "corrupt_responses",
     "empirical_matrix",
     "learnability",
