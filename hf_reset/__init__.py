@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_reset.anchor import AnchorStore
     from hf_reset.arguments import ResetArguments, ResetTrainingArguments
     from hf_reset.callback import StochasticResetCallback
+    from hf_reset.checkpoints import last_whole_checkpoint
     from hf_reset.policy import ResetConfig
     from hf_reset.scopes import select_parameters
     from hf_reset.trainer import ResetTrainer, ResetTrainerMixin
@@ -28,11 +29,12 @@ _HOME = {
     "ResetTrainerMixin": "hf_reset.trainer",
     "ResetTrainingArguments": "hf_reset.arguments",
     "StochasticResetCallback": "hf_reset.callback",
+    "last_whole_checkpoint": "hf_reset.checkpoints",
     "select_parameters": "hf_reset.scopes",
 }
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
-_MODULES = ("corpora", "diagnostics", "errors", "losses", "metrics", "noise", "policy", "report", "theory")
+_MODULES = ("corpora", "diagnostics", "errors", "losses", "metrics", "noise", "policy", "report")
 
 __all__ = [
     "AnchorStore",
@@ -43,6 +45,7 @@ __all__ = [
     "ResetTrainingArguments",
     "StochasticResetCallback",
     "__version__",
+    "last_whole_checkpoint",
     "select_parameters",
 ]
 

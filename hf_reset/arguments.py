@@ -1,0 +1,90 @@
+"""The fields of `ResetConfig` as training arguments, for the command line and for YAML."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from hf_reset.policy import ResetConfig
+
+_PREFIX = "reset_"
+
+
+@dataclass
+class ResetArguments:
+    """The `reset_*` fields alone, to put in front of any other arguments class.
+
+    `@dataclass class Arguments(ResetArguments, SFTConfig): pass` gives TRL's defaults and these fields;
+    `ResetTrainingArguments` is the same with `TrainingArguments`. What each means stands at `ResetConfig`.
+    """
+
+    reset_probability: float = field(
+        default=0.01, metadata={"help": "r, the chance that an optimizer step ends in a reset, in [0, 1]."}
+    )
+    reset_scope: str = field(
+        default="all",
+        metadata={
+            "help": "What goes back: all, head, adapters, last:K, a regular expression, or a JSON list of names."
+        },
+    )
+    reset_policy: Literal["bernoulli", "periodic"] = field(
+        default="bernoulli", metadata={"help": "Draw at each step, or reset every round(1/r) steps."}
+    )
+    reset_patience: int = field(
+        default=2, metadata={"help": "Evaluations without a new best before resets begin; 0: from the first anchor on."}
+    )
+    reset_metric: str | None = field(
+        default=None,
+        metadata={"help": "Evaluation result that chooses anchors. Default: metric_for_best_model, else eval_loss."},
+    )
+    reset_greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Direction of the metric. Default: by its name, as Trainer does."}
+    )
+    reset_min_delta: float = field(
+        default=0.0, metadata={"help": "How much better than the best counts as a new best, in the metric's units."}
+    )
+    reset_anchor: Literal["best", "fixed"] = field(
+        default="best", metadata={"help": "Move the anchor to each new best, or fix it once resets have begun."}
+    )
+    reset_optimizer_state: Literal["restore", "zero", "keep"] = field(
+        default="restore", metadata={"help": "What a reset does with the optimizer's state of the scope."}
+    )
+    reset_storage: Literal["device", "cpu"] = field(
+        default="device", metadata={"help": "Where the anchor lies: beside the weights, or in (pinned) CPU memory."}
+    )
+    reset_finish: Literal["anchor", "last"] = field(
+        default="anchor", metadata={"help": "Weights at the end of training: the anchor's, or the last step's."}
+    )
+    reset_max_resets: int | None = field(
+        default=None, metadata={"help": "Resets after which no more happen. Default: no limit."}
+    )
+    reset_seed: int | None = field(default=None, metadata={"help": "Seed of the draws. Default: seed."})
+
+    def __post_init__(self) -> None:
+        # A plain dataclass in front of TrainingArguments: pass the call on where there is one to pass it to.
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+        self.reset_config()
+
+    def reset_config(self) -> ResetConfig:
+        """The configuration that these fields describe.
+
+        Raises:
+            ConfigError: a field has a value it cannot have.
+        """
+        values: dict[str, Any] = {f.name: getattr(self, _PREFIX + f.name) for f in fields(ResetConfig)}
+        scope = values["scope"]
+        if isinstance(scope, str) and scope.startswith("["):
+            with contextlib.suppress(json.JSONDecodeError):  # a regular expression may begin with a bracket
+                values["scope"] = json.loads(scope)
+        return ResetConfig(**values)
+
+
+@dataclass
+class ResetTrainingArguments(ResetArguments, TrainingArguments):
+    """`TrainingArguments` with the fields of `ResetConfig` as `reset_probability`, `reset_scope`, …"""

@@ -1,0 +1,77 @@
+"""Where an anchor lies inside a checkpoint directory, and which checkpoints are whole.
+
+Trainer writes `trainer_state.json` last and not atomically, and other ranks may still be writing then. A run
+killed at any moment therefore leaves, at worst, one directory that is not whole; the one before it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+_DIRECTORY = re.compile(r"checkpoint-(\d+)")
+_SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
+
+
+def anchor_file(directory: str | Path, *, rank: int = 0, world_size: int = 1, sharded: bool = False) -> Path:
+    """The anchor's file in a checkpoint: one for all ranks, or one a rank where weights are sharded."""
+    name = f"reset_anchor-rank{rank}-of-{world_size}" if sharded else "reset_anchor"
+    return Path(directory) / f"{name}.safetensors"
+
+
+def reset_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The audit trail inside a Trainer's log history: one record a reset or an anchor move."""
+    return [record for record in log_history if record.get("kind") in ("reset", "anchor")]
+
+
+def last_whole_checkpoint(output_dir: str | Path, *, world_size: int = 1) -> str | None:
+    """The newest checkpoint in `output_dir` from which a run can go on exactly, or None.
+
+    Use it instead of `resume_from_checkpoint=True` with the plain callback; `ResetTrainer` does by itself.
+
+    Args:
+        output_dir: the directory that holds `checkpoint-N` directories.
+        world_size: number of processes; each has a random state of its own in the checkpoint.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
+    newest_first = sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((str(path) for path in newest_first if is_whole(path, world_size=world_size)), None)
+
+
+def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
+    """Whether every file that an exact resume reads was written to its end."""
+    directory = Path(directory)
+    try:
+        state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if world_size > 1 and any(directory.glob("rng_state_*.pth")):
+        states = [directory / f"rng_state_{rank}.pth" for rank in range(world_size)]
+        if not all(path.is_file() and zipfile.is_zipfile(path) for path in states):
+            return False
+    return _anchors_are_whole(directory, expected=bool(reset_records(state.get("log_history", []))))
+
+
+def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
+    files = list(directory.glob("reset_anchor*.safetensors"))
+    if not files:
+        # A model-only checkpoint has no anchor by intent, and no optimizer either: it is no resume point.
+        return not expected
+    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
+    if shards and len(shards) != int(shards[0].group(1)):
+        return False
+    return all(_opens(file) for file in files)
+
+
+def _opens(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says."""
+    try:
+        with safe_open(file, framework="numpy"):  # pyright: ignore[reportPrivateImportUsage]
+            return True
+    except (SafetensorError, OSError):
+        return False

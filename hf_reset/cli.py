@@ -1,0 +1,109 @@
+"""The command line: `hf-reset scopes MODEL_DIR` shows what each scope would reset on a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_reset.errors import ResetError, ScopeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hf-reset", description="Stochastic resetting for Hugging Face Trainer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    scopes = commands.add_parser(
+        "scopes",
+        help="show what each scope selects on a model, with counts and bytes",
+        description="Show what each scope selects on a model. Only its configuration is read, no weights.",
+    )
+    scopes.add_argument("model_dir", metavar="MODEL_DIR", help="a transformers or PEFT adapter directory")
+    scopes.add_argument("--scope", action="append", help="a scope to add to the table; may be given again")
+    scopes.add_argument("--names", action="store_true", help="list the parameters of each scope")
+    options = parser.parse_args(argv)
+    try:
+        print(scope_table(options.model_dir, options.scope or [], names=options.names))
+    except ResetError as error:
+        print(f"hf-reset: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def scope_table(model_dir: str, more: Sequence[str] = (), *, names: bool = False) -> str:
+    """A text table: one row a scope, with tensors, parameters, bytes, and the share of what trains."""
+    from hf_reset.scopes import select_parameters
+
+    model = model_without_weights(model_dir)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = [("scope", "tensors", "parameters", "bytes", "of trainable", "for example")]
+    listings = []
+    for scope in ["all", "head", "adapters", "last:1", "last:2", *more]:
+        try:
+            selected = select_parameters(model, scope)
+        except ScopeError as error:
+            rows.append((scope, "-", "-", "-", "-", _first_sentence(str(error))))
+            continue
+        count = sum(p.numel() for p in selected.values())
+        size = sum(p.numel() * p.element_size() for p in selected.values())
+        share = f"{100 * count / trainable:.1f} %"
+        rows.append((scope, str(len(selected)), f"{count:,}", f"{size:,}", share, next(iter(selected))))
+        listings += [f"\n{scope}", *(f"  {name}  {tuple(p.shape)}" for name, p in selected.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]) for row in rows
+    ]
+    title = f"{type(model).__name__}, {trainable:,} trainable parameters"
+    return "\n".join([title, *lines, *(listings if names else [])])
+
+
+def model_without_weights(model_dir: str) -> nn.Module:
+    """The model that a directory's configuration describes, on the meta device; with its adapter, if it is one.
+
+    Raises:
+        ScopeError: the directory has no configuration, or one that names no model class.
+    """
+    directory = Path(model_dir)
+    if (directory / "adapter_config.json").is_file():
+        return _adapted(directory)
+    if not (directory / "config.json").is_file():
+        raise ScopeError(
+            f"`MODEL_DIR` {model_dir!r} has neither config.json nor adapter_config.json. Name a directory written "
+            "by `save_pretrained`."
+        )
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ScopeError(f"`MODEL_DIR` {model_dir!r} names the class {name!r}, which transformers does not have.")
+    with torch.device("meta"):
+        if name == "AutoModel":
+            return model_class.from_config(config)
+        return model_class._from_config(config)
+
+
+def _adapted(directory: Path) -> nn.Module:
+    import peft
+    import torch
+
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    base = model_without_weights(config.base_model_name_or_path or "")
+    config.inference_mode = False
+    with torch.device("meta"):
+        return peft.get_peft_model(base, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(". ")[0].split(": ")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
