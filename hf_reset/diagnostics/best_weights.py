@@ -1,0 +1,102 @@
+"""Keep the best evaluated weights of a run in memory, resets or none, to measure them beside the last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_reset.anchor import AnchorStore
+from hf_reset.callback import greater_is_better, metric_key
+from hf_reset.errors import MetricError
+from hf_reset.policy import ResetConfig, is_better
+
+
+class BestWeightsCallback(TrainerCallback):
+    """What early stopping would have kept: all trainable weights at the best evaluation.
+
+    Apart from the anchor of a reset run, which may hold a part of the model, or stay fixed. It changes nothing
+    of the training.
+
+    Args:
+        config: its ``metric``, ``greater_is_better`` and ``min_delta`` say what is best.
+        storage: where the copy lies, "cpu" or "device".
+        path: a file to keep the copy in as well, written whole at each new best, so that a resumed run knows
+            it; None: it is lost with the process. A sharded model gets one file a rank.
+
+    Attributes:
+        best: the metric at the best evaluation, None before the first.
+        step: optimizer steps done then.
+    """
+
+    def __init__(
+        self, config: ResetConfig, *, storage: Literal["device", "cpu"] = "cpu", path: str | Path | None = None
+    ) -> None:
+        self.config = config
+        self.storage: Literal["device", "cpu"] = storage
+        self.path = path
+        self.store: AnchorStore | None = None
+        self.best: float | None = None
+        self.step: int | None = None
+        self._file: Path | None = None
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """For a moment, the live weights are the best ones.
+
+        Raises:
+            MetricError: no evaluation gave a finite value of the metric.
+        """
+        if self.store is None or not self.store.is_set:
+            raise MetricError(
+                "No evaluation gave a finite metric, so there are no best weights. Evaluate at least once during "
+                "training (`eval_strategy`, `eval_steps`)."
+            )
+        with self.store.swapped():
+            yield
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make room, and take the file up again when a run is resumed."""
+        self._key = metric_key(self.config, args)
+        self._greater = greater_is_better(self.config, args)
+        self.store = AnchorStore(kwargs["model"], scope="all", optimizer_state="keep", storage=self.storage)
+        self.best = self.step = self._file = None
+        if self.path is not None:
+            rank = f".rank{args.process_index}" if self.store.is_sharded else ""
+            self._file = Path(f"{self.path}{rank}")
+            self._file = self._file if self.store.is_sharded or args.should_save else None
+        file = Path(self.path) if self.path is not None and not self.store.is_sharded else self._file
+        # A best from after the checkpoint is met again by the resumed run, at the same step with the same value.
+        if state.global_step > 0 and file is not None and file.is_file():
+            kept = self.store.load(file)
+            self.best, self.step = kept["best"], kept["step"]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Copy the weights if they are a new best."""
+        if self.store is None or metrics is None or self._key not in metrics:
+            return
+        value = float(metrics[self._key])
+        if not is_better(value, self.best, greater_is_better=self._greater, min_delta=self.config.min_delta):
+            return
+        self.best, self.step = value, state.global_step
+        self.store.snapshot()
+        if self._file is not None:
+            self.store.save(self._file, {"best": self.best, "step": self.step})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluations after training are not taken in."""
+        self._key = ""
