@@ -181,10 +181,11 @@ def _adapter_names(model: nn.Module, named: dict[str, nn.Parameter]) -> set[str]
     configs = getattr(model, "peft_config", None)
     if not names and not configs:
         return set()
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    # Adaption prompts are the one method whose tuner names no prefix.
+    prefixes = (getattr(getattr(model, "base_model", None), "prefix", None) or "adaption_", "adaption_")
     for name in named:
         parts = name.split(".")
-        if "prompt_encoder" in parts or (prefix and any(part.startswith(prefix) for part in parts)):
+        if "prompt_encoder" in parts or any(part.startswith(prefixes) for part in parts):
             names.add(name)
     if isinstance(configs, dict) and any(getattr(c, "bias", "none") == "all" for c in configs.values()):
         names |= {name for name in named if name.endswith(".bias")}
@@ -254,13 +255,13 @@ def _refuse_alias(
 
 def _nothing(model: nn.Module, named: dict[str, nn.Parameter], scope: Scope, chosen: set[str]) -> str:
     name = type(model).__name__
+    if not any(p.requires_grad for p in named.values()):
+        return f"`scope` {scope!r} selects nothing: {name} has no trainable parameter. Unfreeze some first."
     if chosen:
         return (
             f"`scope` {scope!r} selects {len(chosen)} parameters of {name}, and all of them are frozen. "
             "Unfreeze some, or choose a scope that trains."
         )
-    if not any(p.requires_grad for p in named.values()):
-        return f"`scope` {scope!r} selects nothing: {name} has no trainable parameter. Unfreeze some first."
     names = [n for n, p in named.items() if p.requires_grad]
     shown = ", ".join(names[:3] + (["…"] if len(names) > 4 else []) + names[3:][-1:])
     return f"`scope` {scope!r} selects nothing on {name}. Its trainable parameters: {shown}."

@@ -1,0 +1,161 @@
+"""Decisions are values: tested without a model."""
+
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hf_reset import ResetConfig, policy
+from hf_reset.errors import ConfigError
+from hf_reset.policy import ResetState, decide, observe
+
+
+def run(config, metrics, every=3, steps=30, greater=False, seed=0):
+    """Evaluate every `every` steps and decide at each; returns the steps of anchors and of resets."""
+    state, anchors, resets = ResetState(), [], []
+    for step in range(steps):
+        if decide(config, state, step, seed=seed):
+            state = state.after_reset(step)
+            resets.append(step)
+        if (step + 1) % every == 0 and metrics:
+            state, moved = observe(config, state, metrics.pop(0), step + 1, greater_is_better=greater)
+            if moved:
+                anchors.append(step + 1)
+    return anchors, resets, state
+
+
+def test_config_is_frozen_and_json_plain():
+    config = ResetConfig(scope=("a", "b"), max_resets=3)
+    assert ResetConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.probability = 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("probability", 1.5, r"`probability` must be in \[0, 1\], got 1.5"),
+        ("probability", -0.1, r"`probability` must be in \[0, 1\], got -0.1"),
+        ("probability", math.nan, r"`probability` must be in \[0, 1\], got nan"),
+        ("probability", "often", r"`probability` must be in \[0, 1\], got 'often'"),
+        ("policy", "sometimes", "`policy` must be one of 'bernoulli', 'periodic', got 'sometimes'"),
+        ("anchor", "worst", "`anchor` must be one of 'best', 'fixed'"),
+        ("optimizer_state", "drop", "`optimizer_state` must be one of 'restore', 'zero', 'keep'"),
+        ("storage", "disk", "`storage` must be one of 'device', 'cpu'"),
+        ("finish", "best", "`finish` must be one of 'anchor', 'last'"),
+        ("patience", -1, "`patience` must be an integer of at least 0, got -1"),
+        ("patience", None, "`patience` must be an integer of at least 0, got None"),
+        ("max_resets", 1.5, "`max_resets` must be an integer of at least 0, got 1.5"),
+        ("seed", "x", "`seed` must be an integer, got 'x'"),
+        ("min_delta", -1.0, "`min_delta` must be a finite number of at least 0, got -1.0"),
+        ("min_delta", math.inf, "`min_delta` must be a finite number"),
+        ("metric", "", "`metric` must be the name of an evaluation result or None"),
+        ("greater_is_better", "yes", "`greater_is_better` must be True, False or None, got 'yes'"),
+        ("scope", "last:0", '`scope` "last:K" needs a whole K of at least 1'),
+        ("scope", "last:x", '`scope` "last:K" needs a whole K of at least 1'),
+        ("scope", "(", "is not a valid regular expression"),
+        ("scope", [], '`scope` must be "all", "head"'),
+        ("scope", [1], '`scope` must be "all", "head"'),
+        ("scope", "", '`scope` must be "all", "head"'),
+    ],
+)
+def test_config_names_argument_value_and_remedy(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        ResetConfig(**{field: value})
+
+
+def test_uniform_is_a_pure_function_that_moves_no_generator():
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert policy.uniform(3, 5) == policy.uniform(3, 5)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert policy.uniform(3, 5) != policy.uniform(3, 6) != policy.uniform(4, 5)
+
+
+def test_uniform_is_uniform_within_four_standard_errors():
+    n = 50_000
+    draws = np.array([policy.uniform(1, step) for step in range(n)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.mean() - 1 / 2) < 4 * math.sqrt(1 / 12 / n)
+    assert abs((draws < 0.01).mean() - 0.01) < 4 * math.sqrt(0.01 * 0.99 / n)
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / math.sqrt(n)
+
+
+def test_bernoulli_decides_by_the_draw_alone():
+    config = ResetConfig(probability=0.3, patience=0)
+    anchors, resets, _ = run(config, [1.0], every=1, steps=200, seed=9)
+    assert anchors == [1]
+    assert resets == [step for step in range(1, 200) if policy.uniform(9, step) < 0.3]
+
+
+def test_probability_zero_never_and_one_always():
+    assert run(ResetConfig(probability=0, patience=0), [1.0])[1] == []
+    assert run(ResetConfig(probability=1, patience=0), [1.0])[1] == list(range(3, 30))
+
+
+@pytest.mark.parametrize(("probability", "gap"), [(0.25, 4), (0.3, 3), (1.0, 1)])
+def test_periodic_gaps(probability, gap):
+    _, resets, _ = run(ResetConfig(probability=probability, policy="periodic", patience=0), [1.0])
+    assert resets[0] == 3 + gap - 1  # the first excursion is as long as the others
+    assert {b - a for a, b in zip(resets, resets[1:], strict=False)} <= {gap}
+    assert len(resets) > 5
+
+
+def test_patience_counts_evaluations_without_a_new_best_and_resets_stay_on():
+    config = ResetConfig(probability=1, patience=2)
+    anchors, resets, state = run(config, [3.0, 2.0, 2.5, 1.5, 1.6, 1.7, 1.0, 1.1])
+    assert anchors == [3, 6, 12, 21]
+    assert state.armed_step == 18  # two evaluations after the best of step 12
+    assert resets == list(range(18, 30))  # still on after the new best of step 21
+
+
+def test_patience_zero_begins_with_the_first_anchor():
+    assert run(ResetConfig(probability=1, patience=0), [1.0])[1][0] == 3
+
+
+def test_fixed_anchor_stays_once_resets_have_begun():
+    config = ResetConfig(probability=1, patience=1, anchor="fixed")
+    anchors, _, state = run(config, [3.0, 2.0, 2.5, 1.0])
+    assert anchors == [3, 6]
+    assert (state.anchor_step, state.anchor_metric, state.best) == (6, 2.0, 1.0)
+
+
+def test_min_delta_is_a_strict_margin_in_both_directions():
+    assert run(ResetConfig(min_delta=0.5), [2.0, 1.6, 1.5, 1.4])[0] == [3, 12]
+    assert run(ResetConfig(min_delta=0.5), [1.0, 1.4, 1.5, 1.6], greater=True)[0] == [3, 12]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_never_a_best(bad):
+    config = ResetConfig(probability=1, patience=2)
+    anchors, resets, _ = run(config, [bad, bad, bad])
+    assert anchors == []
+    assert resets == []
+    anchors, resets, _ = run(config, [1.0, bad, bad])
+    assert anchors == [3]
+    assert resets[0] == 9  # but it does count as an evaluation without a new best
+
+
+def test_max_resets():
+    assert run(ResetConfig(probability=1, patience=0, max_resets=4), [1.0])[1] == [3, 4, 5, 6]
+    assert run(ResetConfig(probability=1, patience=0, max_resets=0), [1.0])[1] == []
+
+
+def test_what_needs_an_anchor():
+    assert not ResetConfig(probability=0, finish="last").needs_anchor
+    assert not ResetConfig(max_resets=0, finish="last").needs_anchor
+    assert ResetConfig(probability=0).needs_anchor
+    assert ResetConfig(finish="last").needs_anchor
+
+
+def test_floor_zero_needs_no_torch():
+    code = (
+        "import sys\nimport hf_reset, hf_reset.policy, hf_reset.noise, hf_reset.corpora, hf_reset.cli\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
