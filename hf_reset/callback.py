@@ -72,7 +72,8 @@ class StochasticResetCallback(TrainerCallback):
         self._metric_key = metric_key(self.config, args)
         self._greater_is_better = greater_is_better(self.config, args)
         self._seed = args.seed if self.config.seed is None else self.config.seed
-        self._unseen: set[str] = set()
+        self._unseen: set[str] = set()  # results of evaluations since the last step, none with the metric
+        self._seen = False
         self._observed_step = -1
         self._saved_step = -1
         self.events = []
@@ -107,7 +108,7 @@ class StochasticResetCallback(TrainerCallback):
         if self._metric_key not in metrics:
             self._note_absence(metrics)
             return
-        self._unseen.clear()
+        self._seen = True
         if state.global_step == self._observed_step:
             return
         self._observed_step = state.global_step
@@ -123,6 +124,7 @@ class StochasticResetCallback(TrainerCallback):
     ) -> None:
         """Say it if the evaluations before this step all lacked the metric."""
         self._refuse_unseen_metric()
+        self._unseen, self._seen = set(), False
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -266,7 +268,7 @@ class StochasticResetCallback(TrainerCallback):
             self._refuse_unseen_metric()
 
     def _refuse_unseen_metric(self) -> None:
-        if not self._is_training or not self._unseen:
+        if self._seen or not self._is_training or not self._unseen:
             return
         raise MetricError(
             f"`metric` {self._metric_key!r} is not among the evaluation's results, which are "

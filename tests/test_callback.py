@@ -1,0 +1,330 @@
+"""The callback in every set-up of the Trainer that it must be right in, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    TRAIN,
+    VALIDATION,
+    Recorder,
+    arguments,
+    bert,
+    callback,
+    equal,
+    plain_run,
+    rows,
+    steps_of,
+    weights,
+)
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_reset import ResetConfig, StochasticResetCallback
+from hf_reset.callback import greater_is_better, metric_key
+from hf_reset.errors import ConfigError, MetricError, ScopeError
+
+
+def lands_on_anchors(reset, recorder):
+    """Every reset put back the weights evaluated at its anchor; there were some."""
+    resets = [event for event in reset.events if event["kind"] == "reset"]
+    assert resets
+    return all(
+        equal(recorder.after_step[event["step"] + 1], recorder.evaluated[event["anchor_step"]][1]) for event in resets
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": 1e-3},
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"eval_on_start": True},
+        {"eval_strategy": "epoch", "num_train_epochs": 3, "max_steps": -1},
+        {"optim": "adamw_torch_fused"},
+        {"optim": "adafactor"},
+        {"optim": "sgd"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"save_strategy": "best", "metric_for_best_model": "loss", "save_total_limit": 1},
+        {"neftune_noise_alpha": 5.0},
+    ],
+    ids=lambda settings: next(iter(settings)) + "-" + str(next(iter(settings.values()))),
+)
+def test_set_ups_of_the_trainer(tmp_path, settings):
+    reset = callback()
+    _, recorder = plain_run(tmp_path, callback=reset, **settings)
+    assert lands_on_anchors(reset, recorder)
+
+
+def test_a_dict_of_evaluation_sets(tmp_path):
+    reset = callback(metric="eval_b_loss")
+    recorder = Recorder()
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset={"a": rows(16, seed=3), "b": VALIDATION, "c": rows(16, seed=4)},
+        callbacks=[reset, recorder],
+    )
+    trainer.train()
+    assert lands_on_anchors(reset, recorder)
+    by_step = {h["step"]: h["eval_b_loss"] for h in trainer.state.log_history if "eval_b_loss" in h}
+    assert {e["metric"] for e in reset.events} <= set(by_step.values())
+
+
+def test_load_best_model_at_end_agrees_and_stands(tmp_path):
+    """The best checkpoint that Trainer loads from disk is the anchor, bit for bit."""
+    reset = callback()
+    trainer, recorder = plain_run(
+        tmp_path, callback=reset, save_strategy="steps", save_steps=3, load_best_model_at_end=True
+    )
+    assert lands_on_anchors(reset, recorder)
+    assert equal(weights(trainer.model), reset.store.tensors())
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{reset.reset_state.anchor_step}")
+
+
+def test_load_best_model_at_end_wins_over_a_fixed_anchor(tmp_path):
+    reset = callback(probability=0.05, anchor="fixed")
+    trainer, recorder = plain_run(
+        tmp_path, callback=reset, save_strategy="steps", save_steps=3, load_best_model_at_end=True
+    )
+    best = trainer.state.best_global_step
+    assert best > reset.reset_state.anchor_step  # else this shows nothing
+    assert equal(weights(trainer.model), recorder.evaluated[best][1])
+
+
+def test_several_train_calls_on_one_instance_start_afresh(tmp_path):
+    reset = callback()
+    trainer, _ = plain_run(tmp_path, callback=reset, optim="sgd")
+    first = list(reset.events)
+    with torch.no_grad():
+        for p, fresh in zip(trainer.model.parameters(), bert().parameters(), strict=True):
+            p.copy_(fresh)
+    torch.manual_seed(7)
+    trainer.args.seed = 8  # another order of draws
+    trainer.train()
+    assert reset.events
+    assert reset.events != first
+    assert reset.events[0]["kind"] == "anchor"
+    assert reset.events[0]["distance"] is None  # no anchor was left over from the first call
+    assert steps_of(reset.events, "anchor")[0] == 3
+
+
+def test_one_instance_serves_two_trainers_in_turn(tmp_path):
+    reset = callback()
+    plain_run(tmp_path / "a", callback=reset)
+    first = list(reset.events)
+    plain_run(tmp_path / "b", callback=reset)
+    assert reset.events == first
+
+
+def test_evaluating_outside_of_training_moves_nothing(tmp_path):
+    reset = callback()
+    trainer, _ = plain_run(tmp_path, callback=reset, train=False)
+    trainer.evaluate()
+    assert reset.events == []
+    trainer.train()
+    before = list(reset.events)
+    trainer.evaluate()
+    assert reset.events == before
+
+
+def test_events_are_in_the_log_history(tmp_path):
+    reset = callback()
+    trainer, _ = plain_run(tmp_path, callback=reset)
+    logged = [record for record in trainer.state.log_history if "kind" in record]
+    assert logged == reset.events
+    assert {"kind", "step", "metric", "distance"} <= logged[0].keys()
+
+
+def test_optimizer_state_modes_in_a_run(tmp_path):
+    """At the first reset: restored moments are the anchor's, zeroed ones are zero, kept ones are the plain run's."""
+
+    class Moments(TrainerCallback):
+        def __init__(self):
+            self.at = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            p = kwargs["model"].classifier.weight
+            self.at[state.global_step] = {k: v.clone() for k, v in kwargs["optimizer"].state[p].items()}
+
+    runs = {}
+    for mode in ("restore", "zero", "keep", None):
+        spy = Moments()
+        reset = callback(optimizer_state=mode, max_resets=1) if mode else None
+        plain_run(tmp_path / str(mode), callback=reset, model=bert(dropout=0), more_callbacks=[spy])
+        runs[mode] = spy.at
+        if reset:
+            step, anchor = next((e["step"] + 1, e["anchor_step"]) for e in reset.events if e["kind"] == "reset")
+    plain = runs[None]
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(runs["restore"][step][key], plain[anchor][key])
+        assert not runs["zero"][step][key].any()
+        assert torch.equal(runs["keep"][step][key], plain[step][key])
+        assert not torch.equal(plain[step][key], plain[anchor][key])
+
+
+def test_finish_last_leaves_the_last_weights(tmp_path):
+    reset = callback(probability=0, finish="last")
+    trainer, recorder = plain_run(tmp_path, callback=reset)
+    assert equal(weights(trainer.model), recorder.after_step[15])
+
+
+def test_max_resets_zero_keeps_the_best_in_memory(tmp_path):
+    reset = callback(max_resets=0)
+    trainer, recorder = plain_run(tmp_path, callback=reset)
+    assert steps_of(reset.events, "reset") == []
+    best = min(recorder.evaluated, key=lambda step: recorder.evaluated[step][0])
+    assert equal(weights(trainer.model), recorder.evaluated[best][1])
+
+
+class Normed(nn.Module):
+    """Any module that returns a loss can be trained; this one has BatchNorm statistics."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed, self.norm, self.head = nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, labels=None, attention_mask=None):
+        logits = self.head(self.norm(self.embed(input_ids).mean(1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_batch_norm_statistics_belong_to_the_evaluated_weights(tmp_path):
+    class Statistics(TrainerCallback):
+        def __init__(self):
+            self.at = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.at[state.global_step] = kwargs["model"].norm.running_mean.clone()
+
+    spy, reset = Statistics(), callback()
+    plain_run(tmp_path, model=Normed(), callback=reset, more_callbacks=[spy])
+    resets = [e for e in reset.events if e["kind"] == "reset"]
+    assert resets
+    assert all(torch.equal(spy.at[e["step"] + 1], spy.at[e["anchor_step"]]) for e in resets)
+
+
+def test_a_metric_of_the_greater_is_better_kind(tmp_path):
+    def accuracy(prediction):
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    reset = callback(metric="accuracy", max_resets=0)
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        callbacks=[reset],
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    seen = [h["eval_accuracy"] for h in trainer.state.log_history if "eval_accuracy" in h]
+    running = [value for i, value in enumerate(seen) if value > max(seen[:i], default=-1)]
+    assert [event["metric"] for event in reset.events] == running
+
+
+def test_a_nan_metric_is_never_a_best(tmp_path):
+    values = iter([np.nan, 0.5, np.nan, 0.4, 0.6])
+    reset = callback(metric="score")
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        callbacks=[reset],
+        compute_metrics=lambda _: {"score": next(values)},
+    )
+    trainer.train()
+    assert [e["metric"] for e in reset.events if e["kind"] == "anchor"] == [0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "key", "greater"),
+    [
+        ({}, {}, "eval_loss", False),
+        ({}, {"metric_for_best_model": "f1"}, "eval_f1", True),
+        ({"metric": "f1"}, {}, "eval_f1", True),
+        ({"metric": "eval_f1"}, {"metric_for_best_model": "loss", "greater_is_better": False}, "eval_f1", True),
+        ({"metric": "f1"}, {"metric_for_best_model": "eval_f1", "greater_is_better": False}, "eval_f1", False),
+        ({"metric": "error", "greater_is_better": False}, {}, "eval_error", False),
+    ],
+)
+def test_the_metric_and_its_direction(tmp_path, config, args, key, greater):
+    args = arguments(tmp_path, **args)
+    assert metric_key(ResetConfig(**config), args) == key
+    assert greater_is_better(ResetConfig(**config), args) is greater
+
+
+# What is refused
+
+
+def test_no_evaluation_configured(tmp_path):
+    with pytest.raises(MetricError, match=r'`eval_strategy` is "no".*Set `eval_strategy="steps"`'):
+        plain_run(tmp_path, callback=callback(), eval_strategy="no")
+
+
+def test_nothing_to_refuse_where_nothing_is_asked(tmp_path):
+    plain_run(tmp_path, callback=callback(probability=0, finish="last"), eval_strategy="no")
+
+
+def test_a_metric_that_the_evaluation_lacks(tmp_path):
+    with pytest.raises(MetricError, match=r"`metric` 'eval_f1' is not among .*eval_loss.*`compute_metrics`"):
+        plain_run(tmp_path, callback=callback(metric="f1"))
+
+
+def test_a_metric_that_no_set_of_a_dict_has(tmp_path):
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset={"a": VALIDATION, "b": VALIDATION},
+        callbacks=[callback()],
+    )
+    with pytest.raises(MetricError, match=r"'eval_loss' is not among .*eval_a_loss.*eval_b_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 3  # said before another step is taken
+
+
+def test_a_metric_that_is_no_number(tmp_path):
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        callbacks=[callback(metric="score")],
+        compute_metrics=lambda _: {"score": "high"},
+    )
+    with pytest.raises(MetricError, match=r"`metric` 'eval_score' must be a number, .* gave 'high'"):
+        trainer.train()
+
+
+def test_two_reset_callbacks(tmp_path):
+    with pytest.raises(ConfigError, match="Two reset callbacks are in one Trainer.*Pass one"):
+        plain_run(tmp_path, callback=callback(), more_callbacks=[callback()])
+
+
+def test_a_scope_is_checked_when_training_begins(tmp_path):
+    trainer, _ = plain_run(tmp_path, callback=callback(scope="adapters"), train=False)
+    with pytest.raises(ScopeError, match='"adapters" needs a PEFT model'):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StochasticResetCallback(probabilty=0.1), "`probabilty` is not a field .* mean `probability`"),
+        (lambda: StochasticResetCallback(ResetConfig(), patience=1), "`config` and the field `patience` were both"),
+        (lambda: StochasticResetCallback({"probability": 1}), "`config` must be a ResetConfig, got"),
+        (lambda: StochasticResetCallback(probability=2), r"`probability` must be in \[0, 1\], got 2"),
+    ],
+)
+def test_the_constructor_names_what_is_wrong(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
