@@ -10,6 +10,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -230,6 +231,81 @@ def load_named(name: str, config: str | None = None) -> dict[str, Dataset]:
     if "train" not in loaded:
         raise DataError(f"`dataset_name` {name!r} has no split 'train', only {', '.join(map(str, loaded))}.")
     return {str(split): rows for split, rows in loaded.items()}
+
+
+def load_splits(options: Any, embedded: Callable[[], Mapping[Any, Dataset]]) -> dict[str, Dataset]:
+    """The raw splits a recipe was asked for: local files, a named data set, or the embedded corpus.
+
+    Args:
+        options: with ``train_file``, ``validation_file``, ``test_file``, ``dataset_name`` and
+            ``dataset_config_name``, each None where not given.
+        embedded: makes the embedded corpus.
+
+    Raises:
+        ConfigError: files and a name were both given, or files without one for training.
+        DataError: a file or data set cannot be read.
+    """
+    files = {split: getattr(options, f"{split}_file") for split in ("train", "validation", "test")}
+    if any(files.values()) and files["train"] is None:
+        raise ConfigError("`validation_file` or `test_file` was given without `train_file`. Give --train_file.")
+    if files["train"] is not None and options.dataset_name is not None:
+        raise ConfigError(f"`train_file` and `dataset_name` {options.dataset_name!r} were both given. Give one.")
+    if files["train"] is not None:
+        return {split: load_file(file, argument=f"{split}_file") for split, file in files.items() if file}
+    if options.dataset_name is not None:
+        return load_named(options.dataset_name, options.dataset_config_name)
+    return {str(split): rows for split, rows in embedded().items()}
+
+
+def load_pretrained(
+    load: Callable[..., Any], name: str, *, argument: str = "model_name_or_path", **options: Any
+) -> Any:
+    """``load(name, **options)`` of a ``from_pretrained``, with what can go wrong said in a line.
+
+    Raises:
+        ConfigError: there is no such model or tokenizer, or it cannot be loaded.
+    """
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"`{argument}` {name!r} cannot be loaded ({str(error).splitlines()[0]}). Check the name and the "
+            "network, or give a local directory; without it a small model is built from its config."
+        ) from error
+
+
+def arguments_of(training: Any, arm: str, seed: int) -> Any:
+    """The arguments of one run: its own folder and seed, no resets in the plain arm.
+
+    Training ends with the last step's weights in both arms, to measure them; what ``reset_finish`` asks for is
+    what gets saved.
+
+    Args:
+        training: ``ResetTrainingArguments``, or others with ``ResetArguments`` in front.
+        arm: ``"plain"`` or ``"reset"``.
+        seed: of the run.
+    """
+    args = copy(training)
+    args.output_dir = f"{training.output_dir}/{arm}-seed{seed}"
+    args.seed = seed
+    args.reset_finish = "last"
+    if arm == "plain":
+        args.reset_probability = 0.0
+    return args
+
+
+def resume_point(training: Any, args: Any) -> str | None:
+    """The newest whole checkpoint of one run, when the study is taken up again.
+
+    Args:
+        training: the study's arguments; resumed if its ``resume_from_checkpoint`` is set.
+        args: the run's, from :func:`arguments_of`.
+    """
+    from hf_reset.checkpoints import last_whole_checkpoint
+
+    if training.resume_from_checkpoint is None:
+        return None
+    return last_whole_checkpoint(args.output_dir or "", world_size=args.world_size)
 
 
 def _config_parser() -> argparse.ArgumentParser:
