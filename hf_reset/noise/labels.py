@@ -48,9 +48,9 @@ def corrupt_labels(
       with mean τ and standard deviation 0.1 truncated to [0, 1]; its wrong class is drawn from
       softmax(x_i W_y) over the classes other than its own, y, with W_y ~ N(0, 1) of shape (S, C) (Xia et al.,
       Part-dependent label noise, NeurIPS 2020, arXiv 2006.07836, Algorithm 2). As x_i serve the first 32 latent
-      semantic dimensions of the texts (TF-IDF and truncated SVD, standardised): they place texts by topic, so
-      texts of like content are mislabelled alike, as annotators do; they need no model, so the noise favours
-      none. ``features`` takes their place where given.
+      semantic dimensions of the texts (TF-IDF and truncated SVD): they place texts by topic, so texts of like
+      content are mislabelled alike, as annotators do; they need no model, so the noise favours none.
+      ``features`` takes their place where given. Either is centred and scaled to unit variance over all entries.
 
     For all kinds but "matrix" exactly ``round(rate * len(dataset))`` rows change.
 
@@ -276,7 +276,7 @@ def _sample_exactly(weights: NDArray[np.float64], count: int, rows: _Rows) -> ND
 def _represent(
     dataset: Dataset, rows: _Rows, seed: int, text_column: str | Sequence[str] | None, features: ArrayLike | None
 ) -> NDArray[np.float64]:
-    """Standardised points, shape (N, S), computed in the rows' own order so that rounding does not depend on theirs."""
+    """Points of mean 0 and variance 1, shape (N, S), in an order that makes rounding independent of places."""
     if features is not None:
         points = np.asarray(features, dtype=np.float64)
         if points.ndim != 2 or len(points) != len(dataset) or not np.isfinite(points).all():
@@ -288,8 +288,9 @@ def _represent(
     else:
         texts = _texts(dataset, text_column)
         canonical = _latent_semantics([texts[index] for index in rows.order], seed)
-    spread = canonical.std(axis=0)
-    canonical = (canonical - canonical.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    # One scale for all dimensions: the leading ones, which tell topics apart, keep their weight.
+    canonical = canonical - canonical.mean(axis=0)
+    canonical = canonical / (canonical.std() or 1.0)
     standard = np.empty_like(canonical)
     standard[rows.order] = canonical
     return standard
