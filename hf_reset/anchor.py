@@ -166,26 +166,8 @@ class AnchorStore:
             metadata: JSON-plain values to keep in the file's header.
         """
         self._refuse_swapped("save")
-        header = {
-            "format": FORMAT,
-            "scope": json.dumps(self.scope),
-            "optimizer_state": self.optimizer_state,
-            "metadata": json.dumps(metadata or {}),
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({key: value.contiguous() for key, value in self._held.items()}, temporary, metadata=header)
-            _flush(temporary)
-            os.replace(temporary, path)
-            _flush(path.parent)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise AnchorFileError(
-                f"The anchor file {str(path)!r} could not be written: {error}. Free the disk or choose another "
-                "`output_dir`; the last whole checkpoint is untouched."
-            ) from error
+        header = {"scope": json.dumps(self.scope), "optimizer_state": self.optimizer_state}
+        write_anchor_file(path, self._held, header | {"metadata": json.dumps(metadata or {})})
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read an anchor that `save` wrote; live parameters do not change until `restore`.
@@ -332,6 +314,34 @@ class AnchorStore:
                 f"`{verb}` came inside `swapped()`, where the anchor's memory holds the live weights. "
                 "Leave the `with` block first."
             )
+
+
+def write_anchor_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all: under a temporary name, flushed to disk, then renamed.
+
+    Raises:
+        AnchorFileError: the disk is full or the place cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, temporary, metadata={"format": FORMAT, **header})
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise AnchorFileError(
+            f"The anchor file {str(path)!r} could not be written: {error}. Free the disk or choose another "
+            "`output_dir`; the last whole checkpoint is untouched."
+        ) from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was saved beside an anchor, without loading it."""
+    return json.loads(read_anchor_file(path)[0]["metadata"])
 
 
 def read_anchor_file(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset.anchor import AnchorStore
+from hf_reset.anchor import AnchorStore, read_metadata, write_anchor_file
 from hf_reset.checkpoints import anchor_file, reset_records
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
@@ -187,7 +187,8 @@ class StochasticResetCallback(TrainerCallback):
     def save_anchor(self, directory: str | Path, args: TrainingArguments, state: TrainerState) -> None:
         """Write the anchor and what has happened so far into a checkpoint directory, whole or not at all."""
         self._saved_step = state.global_step
-        if self.store is None or not self.store.is_set or not (self.store.is_sharded or args.should_save):
+        sharded = self.store is not None and self.store.is_sharded
+        if not self.events or not (sharded or args.should_save):
             return
         metadata = {
             "state": asdict(self.reset_state),
@@ -196,7 +197,11 @@ class StochasticResetCallback(TrainerCallback):
             "world_size": args.world_size,
             "config": asdict(self.config),
         }
-        self.store.save(self._file_in(directory, args), metadata)
+        file = self._file_in(directory, args)
+        if self.store is not None:
+            self.store.save(file, metadata)
+        else:  # nothing is kept, but the audit trail goes on after a resume
+            write_anchor_file(file, {}, {"metadata": json.dumps(metadata)})
 
     # Steps of the above.
 
@@ -226,14 +231,9 @@ class StochasticResetCallback(TrainerCallback):
         self.events = trail
         if not trail:
             return  # no anchor yet, or a run that began without this callback
-        if self.store is None:
-            last = [record for record in trail if record["kind"] == "anchor"][-1]
-            self.reset_state = ResetState(best=last["metric"], anchor_step=last["step"], anchor_metric=last["metric"])
-            return
         self._load_anchor(self._file_in(directory, args), args)
 
     def _load_anchor(self, file: Path, args: TrainingArguments) -> None:
-        assert self.store is not None
         if not file.is_file():
             raise AnchorFileError(
                 f"The run being resumed had an anchor, and there is no {str(file)!r}. If the checkpoint lies "
@@ -241,7 +241,7 @@ class StochasticResetCallback(TrainerCallback):
                 "`ResetTrainer`, which knows. If the run was killed between the checkpoint and its anchor, resume "
                 "from the one before: `hf_reset.last_whole_checkpoint(output_dir)`."
             )
-        metadata = self.store.load(file)
+        metadata = read_metadata(file) if self.store is None else self.store.load(file)
         if metadata.get("trail") != _trail_digest(self.events):
             raise AnchorFileError(
                 f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "

@@ -66,6 +66,14 @@ class ResetTrainerMixin:
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)  # pyright: ignore
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do for a run resumed from its last step; Trainer would take one step more."""
+        own: Any = self
+        if own.state.global_step >= own.state.max_steps:
+            own.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
