@@ -213,9 +213,7 @@ def test_swapped_is_a_visit(trained):
 def test_a_verb_before_any_snapshot_names_both(verb):
     anchor = AnchorStore(bert())
     with pytest.raises(AnchorError, match=r"came before any `snapshot`.*Call `snapshot\(\)` first"):
-        result = getattr(anchor, verb)()
-        if verb == "swapped":
-            result.__enter__()
+        getattr(anchor, verb)() if verb != "swapped" else anchor.swapped().__enter__()
 
 
 def test_batch_norm_statistics_go_back_with_a_full_reset_only():
@@ -418,7 +416,7 @@ def test_quantised_optimizer_state_cannot_be_zeroed():
 
 
 def test_accelerates_wrapper_is_looked_through(trained):
-    model, optimizer = trained
+    _model, optimizer = trained
     assert unwrapped_optimizer(Accelerator(cpu=True).prepare(optimizer)) is optimizer
 
 

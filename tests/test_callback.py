@@ -305,7 +305,7 @@ def test_a_metric_that_is_no_number(tmp_path):
 
 
 def test_two_reset_callbacks(tmp_path):
-    with pytest.raises(ConfigError, match="Two reset callbacks are in one Trainer.*Pass one"):
+    with pytest.raises(ConfigError, match=r"Two reset callbacks are in one Trainer.*Pass one"):
         plain_run(tmp_path, callback=callback(), more_callbacks=[callback()])
 
 

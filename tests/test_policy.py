@@ -1,6 +1,7 @@
 """Decisions are values: tested without a model."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -102,7 +103,7 @@ def test_probability_zero_never_and_one_always():
 def test_periodic_gaps(probability, gap):
     _, resets, _ = run(ResetConfig(probability=probability, policy="periodic", patience=0), [1.0])
     assert resets[0] == 3 + gap - 1  # the first excursion is as long as the others
-    assert {b - a for a, b in zip(resets, resets[1:], strict=False)} <= {gap}
+    assert {b - a for a, b in itertools.pairwise(resets)} <= {gap}
     assert len(resets) > 5
 
 

@@ -86,7 +86,7 @@ def test_regular_expression_and_list_forms(scope):
 
 def test_a_list_item_is_a_suffix_that_begins_at_a_dot():
     assert names(bert(), ["pooler.dense"]) == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
-    with pytest.raises(ScopeError, match="`scope` names 'ooler.dense'.*Close names: "):
+    with pytest.raises(ScopeError, match=r"`scope` names 'ooler.dense'.*Close names: "):
         names(bert(), ["ooler.dense"])
 
 
@@ -167,16 +167,18 @@ def frozen_head():
     [
         (bert, "clasifier", "`scope` 'clasifier' selects nothing on BertForSequenceClassification. Its trainable"),
         (bert, ["clasifier.weight"], "`scope` names 'clasifier.weight'.* Close names: classifier.weight"),
-        (bert, ".*", "selects every parameter of BertForSequenceClassification. If that is meant, say \"all\""),
+        (bert, ".*", 'selects every parameter of BertForSequenceClassification. If that is meant, say "all"'),
         (bert, ["bert", "classifier"], 'selects every parameter .* say "all"'),
         (bert, "adapters", '"adapters" needs a PEFT model, and BertForSequenceClassification has no adapter. Wrap'),
-        (bert, "last:3", 'asks for 3 blocks of the 2 .* K must be between 1 and 2'),
+        (bert, "last:3", "asks for 3 blocks of the 2 .* K must be between 1 and 2"),
         (frozen, "all", "selects nothing: BertForSequenceClassification has no trainable parameter. Unfreeze"),
         (frozen_head, "head", "selects 2 parameters .* all of them are frozen. Unfreeze some"),
         (lambda: nn.Linear(2, 2), "last:1", "needs a stack of blocks .* and Linear has none"),
         (lambda: nn.Linear(2, 2), "head", "cannot be told apart on Linear"),
         (
-            lambda: T5ForQuestionAnswering(T5Config(vocab_size=40, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)),
+            lambda: T5ForQuestionAnswering(
+                T5Config(vocab_size=40, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)
+            ),
             "head",
             "cannot be told apart on T5ForQuestionAnswering.* the head would be everything",
         ),

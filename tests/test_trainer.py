@@ -1,0 +1,207 @@
+"""ResetTrainer: steps skipped where that changes nothing else, figures in the logs, and TRL."""
+
+import math
+from dataclasses import dataclass
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from tiny import TRAIN, VALIDATION, Recorder, arguments, bert, callback, equal, reset_run, steps_of, weights
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from hf_reset import ResetArguments, ResetTrainer, ResetTrainerMixin, ResetTrainingArguments, StochasticResetCallback
+from hf_reset.corpora import train_tokenizer
+from hf_reset.errors import ConfigError
+
+RESET = {"reset_probability": 0.4, "reset_patience": 0}
+
+
+def count_forwards(model):
+    """Forward passes of training, micro-batch by micro-batch."""
+    counted = []
+    model.register_forward_hook(lambda module, *_: counted.append(module.training))
+    return lambda: sum(counted)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_forward_and_backward_are_skipped_on_a_discarded_step(tmp_path, accumulation):
+    model = bert()
+    forwards = count_forwards(model)
+    trainer, _ = reset_run(
+        tmp_path,
+        model=model,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=8 // accumulation,
+        **RESET,
+    )
+    resets = len(steps_of(trainer.reset_callback.events, "reset"))
+    assert resets > 2
+    assert forwards() == (15 - resets) * accumulation
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reset_scope": "head"}, {"reset_optimizer_state": "keep"}, {"reset_probability": 0.0}]
+)
+def test_no_step_is_skipped_whose_gradients_matter(tmp_path, settings):
+    model = bert()
+    forwards = count_forwards(model)
+    reset_run(tmp_path, model=model, **{**RESET, **settings})
+    assert forwards() == 15
+
+
+def test_no_step_is_skipped_under_a_gradient_scaler(tmp_path):
+    """A scaler that saw no gradients would raise. Whether one is active is read at each step, so it can be set."""
+    model = bert()
+    forwards = count_forwards(model)
+    trainer, _ = reset_run(tmp_path, model=model, train=False, **RESET)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    assert len(steps_of(trainer.reset_callback.events, "reset")) > 2
+    assert forwards() == 15
+
+
+def test_the_logged_loss_of_a_skipped_step_is_the_running_mean_and_never_zero(tmp_path):
+    for every in (1, 5):
+        trainer, _ = reset_run(tmp_path / str(every), logging_steps=every, **RESET)
+        losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        assert len(losses) == 15 // every
+        # Three random classes: a mean cross-entropy near log 3, in every window.
+        assert all(abs(loss - math.log(3)) < 0.2 for loss in losses)
+    resets = steps_of(trainer.reset_callback.events, "reset")
+    assert len(resets) > 2
+
+
+def test_reset_figures_are_logged_and_reach_the_reporters(tmp_path):
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        """Sees what TensorBoard and W&B see."""
+
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen.append({"at": state.global_step, **logs})
+
+    reporter = Reporter()
+    trainer, _ = reset_run(tmp_path, callbacks=[reporter], **RESET)
+    events = trainer.reset_callback.events
+    logs = {log["at"]: log for log in reporter.seen if "loss" in log}
+    assert "reset/anchor_step" not in logs[3]  # logged before the first evaluation
+    for step, log in logs.items():
+        resets = [e for e in events if e["kind"] == "reset" and e["step"] < step]
+        assert log["reset/count"] == len(resets)
+        if step > 3:
+            anchor = [e for e in events if e["kind"] == "anchor" and e["step"] < step][-1]
+            assert (log["reset/anchor_step"], log["reset/anchor_metric"]) == (anchor["step"], anchor["metric"])
+        if resets:
+            assert log["reset/steps_since"] == step - 1 - resets[-1]["step"]
+            assert log["reset/distance"] == resets[-1]["distance"]
+    assert "reset/count" in reporter.seen[-1]  # and in the summary at the end
+
+
+def test_tensorboard_has_the_figures(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reset_run(tmp_path, report_to="tensorboard", **RESET)
+    (run,) = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
+    accumulator = event_accumulator.EventAccumulator(str(run))
+    accumulator.Reload()
+    assert any(tag.endswith("reset/count") for tag in accumulator.Tags()["scalars"])
+
+
+def test_the_configuration_comes_from_arguments_callback_or_defaults(tmp_path):
+    def make(cls=TrainingArguments, callbacks=(), **more):
+        return ResetTrainer(
+            bert(),
+            arguments(tmp_path, cls, **more),
+            train_dataset=TRAIN,
+            eval_dataset=VALIDATION,
+            callbacks=list(callbacks),
+        )
+
+    assert make(ResetTrainingArguments, reset_probability=0.2).reset_callback.config.probability == 0.2
+    given = callback(probability=0.3)
+    assert make(callbacks=[given]).reset_callback is given
+    plain = make()
+    plain.train()
+    assert plain.reset_callback.config == StochasticResetCallback().config
+    with pytest.raises(ConfigError, match="`callbacks` has a StochasticResetCallback and `args` has `reset_"):
+        make(ResetTrainingArguments, callbacks=[callback()])
+
+
+# TRL
+
+
+def tokenizer():
+    return train_tokenizer(["one two three four", "the answer is no"] * 20, vocab_size=300, kind="bpe")
+
+
+def llama(vocabulary):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )
+
+
+PAIRS = Dataset.from_dict({"prompt": ["one two", "the answer is"] * 16, "completion": [" three four", " no"] * 16})
+SFT = {"bf16": False, "max_length": 32, "dataset_num_proc": None}
+
+
+@pytest.mark.parametrize("way", ["callback", "mixin"])
+def test_sft_trainer_with_lora_resets_the_adapters_only(tmp_path, way):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+
+    class ResetSFTTrainer(ResetTrainerMixin, trl.SFTTrainer):
+        pass
+
+    @dataclass
+    class Arguments(ResetArguments, trl.SFTConfig):
+        pass
+
+    words = tokenizer()
+    fields = {"probability": 0.4, "patience": 0, "scope": "adapters"}
+    mixin = way == "mixin"
+    reset = None if mixin else StochasticResetCallback(**fields)
+    args = arguments(
+        tmp_path,
+        Arguments if mixin else trl.SFTConfig,
+        **SFT,
+        **({f"reset_{name}": value for name, value in fields.items()} if mixin else {}),
+    )
+    if mixin:
+        assert (
+            args.gradient_checkpointing
+            == trl.SFTConfig(output_dir="x", use_cpu=True, bf16=False).gradient_checkpointing
+        )
+    recorder = Recorder()
+    trainer = (ResetSFTTrainer if mixin else trl.SFTTrainer)(
+        model=llama(len(words)),
+        args=args,
+        processing_class=words,
+        train_dataset=PAIRS,
+        eval_dataset=PAIRS.select(range(8)),
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1),
+        callbacks=[c for c in (reset, recorder) if c is not None],
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    reset = reset or trainer.reset_callback
+    resets = [event for event in reset.events if event["kind"] == "reset"]
+    assert resets
+    assert all("lora_" in name for name in reset.store.names)
+    for event in resets:
+        landed, anchor = recorder.after_step[event["step"] + 1], recorder.evaluated[event["anchor_step"]][1]
+        assert equal(landed, anchor)
+    after = weights(trainer.model)
+    assert all(torch.equal(before[name], after[name]) for name in before if "lora_" not in name)
+    if mixin:
+        assert any("reset/count" in record for record in trainer.state.log_history)
