@@ -92,12 +92,29 @@ def parse_recipe(argument_classes: Sequence[type], argv: Sequence[str]) -> tuple
     return (*instances, _configuration(instances, given=_option_names([*from_file, *argv]) & known))
 
 
-def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
+def given_option(argv: Sequence[str], name: str, *, default: str) -> str:
+    """One option, as given on the command line or in the configuration file, before the others are parsed.
+
+    Args:
+        argv: the command line without the script's name.
+        name: of the option.
+        default: where it is not given.
+    """
+    early = _config_parser()
+    early.add_argument(f"--{name}")
+    words, _ = early.parse_known_args(argv)
+    given = getattr(words, name)
+    if given is None and words.config is not None:
+        given = read_config(words.config).get(name)
+    return default if given is None else str(given)
+
+
+def read_config(path: str | Path, known: set[str] | None = None) -> dict[str, Any]:
     """A YAML configuration as a mapping of option to value.
 
     Args:
         path: the file.
-        known: the names that options may have.
+        known: the names that options may have; None: any.
 
     Raises:
         ConfigError: the file is missing, is not a mapping, or holds an unknown key (the nearest is named).
@@ -109,7 +126,7 @@ def read_config(path: str | Path, known: set[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"`config` {str(path)!r} must hold `option: value` lines, got {type(content).__name__}.")
     for key in content:
-        if key not in known:
+        if known is not None and key not in known:
             raise ConfigError(f"`config` {str(path)!r} has the unknown key {key!r}{_nearest(str(key), known)}.")
     return content
 
