@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import logging
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_reset.anchor import AnchorStore, read_metadata, write_anchor_file
 from hf_reset.checkpoints import anchor_file, reset_records
-from hf_reset.errors import AnchorFileError, ConfigError, MetricError
+from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,13 @@ class StochasticResetCallback(TrainerCallback):
         """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint."""
         self._refuse_unseen_metric()
         self._is_training = False
+        if self.store is not None and not self.store.is_set:
+            warnings.warn(
+                f"No evaluation gave a finite {self._metric_key!r}, so there was no anchor and nothing was reset. "
+                "Evaluate more often (`eval_steps`), or look at why the metric is not finite.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
         if self.config.finish != "anchor" or self.store is None or not self.store.is_set:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:

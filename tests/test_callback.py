@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_reset import ResetConfig, StochasticResetCallback
 from hf_reset.callback import greater_is_better, metric_key
-from hf_reset.errors import ConfigError, MetricError, ScopeError
+from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, ScopeError
 
 
 def lands_on_anchors(reset, recorder):
@@ -276,6 +276,11 @@ def test_nothing_to_refuse_where_nothing_is_asked(tmp_path):
 def test_a_metric_that_the_evaluation_lacks(tmp_path):
     with pytest.raises(MetricError, match=r"`metric` 'eval_f1' is not among .*eval_loss.*`compute_metrics`"):
         plain_run(tmp_path, callback=callback(metric="f1"))
+
+
+def test_a_run_without_an_evaluation_says_that_nothing_was_reset(tmp_path):
+    with pytest.warns(NoEffectWarning, match=r"no anchor and nothing was reset. Evaluate more often"):
+        plain_run(tmp_path, callback=callback(), eval_steps=100)
 
 
 def test_a_metric_that_no_set_of_a_dict_has(tmp_path):

@@ -1,0 +1,201 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-reset[recipes]"]
+# ///
+"""What resetting costs, as ratios against the stock Trainer in the same run.
+
+Each round trains every arm once, in an order that changes from round to round, and a ratio compares the median
+step of an arm with the stock median of the same round. Beside it, the time of one snapshot and of one reset in
+units of a stock step, and the bytes that the anchor holds.
+
+    python recipes/benchmarks/overhead.py                                # 6-layer BERT on CPU, about 5 minutes
+    python recipes/benchmarks/overhead.py --hidden_size 768 --layers 12  # BERT-base, for a GPU
+
+Writes recipes/results/benchmark_overhead_<device>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ARMS = ("stock", "callback_off", "callback", "trainer")
+
+
+def main() -> None:
+    """Measure, print a table, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32, help="tokens a row")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--probability", type=float, default=0.02)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
+    options = parser.parse_args()
+
+    import torch
+
+    from hf_reset.report.results import environment_record, write_atomic
+
+    medians: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for turn in range(options.rounds):
+        for arm in ARMS[turn % len(ARMS) :] + ARMS[: turn % len(ARMS)]:
+            medians[arm].append(statistics.median(step_seconds(arm, options)))
+            print(f"round {turn + 1}/{options.rounds}  {arm:<14}{1000 * medians[arm][-1]:8.2f} ms a step", flush=True)
+    stock = statistics.median(medians["stock"])
+    ratios = {arm: [mine / base for mine, base in zip(medians[arm], medians["stock"], strict=True)] for arm in ARMS[1:]}
+    costs = {scope: anchor_costs(scope, options, stock) for scope in ("all", "last:2", "head")}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {
+        "benchmark": "overhead",
+        "configuration": {key: value for key, value in vars(options).items() if key != "results"},
+        "environment": environment_record(device),
+        "stock_step_ms": 1000 * stock,
+        "step_ratio_to_stock": {
+            arm: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for arm, values in ratios.items()
+        },
+        "anchor": costs,
+    }
+    file = options.results / f"benchmark_overhead_{device.type}.json"
+    write_atomic(file, json.dumps(result, indent=2) + "\n")
+    for arm, values in ratios.items():
+        print(f"{arm:<14} {statistics.median(values):.3f} of stock ({min(values):.3f} to {max(values):.3f})")
+    for scope, cost in costs.items():
+        print(
+            f"{scope:<8} anchor {cost['anchor_bytes']:>12,} bytes; in stock steps: snapshot "
+            f"{cost['snapshot_steps']:.3f}, restore {cost['restore_steps']:.3f}, distance {cost['distance_steps']:.3f}"
+        )
+
+
+def model_of(options: argparse.Namespace) -> nn.Module:
+    """A BERT of the asked size, without dropout so that every arm computes the same."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=30_522,
+            hidden_size=options.hidden_size,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden_size // 32,
+            intermediate_size=4 * options.hidden_size,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=8,  # pyright: ignore[reportCallIssue]
+        )
+    )
+
+
+def step_seconds(arm: str, options: argparse.Namespace) -> list[float]:
+    """Seconds of each optimizer step of one run, evaluations and the first five steps left out."""
+    import torch
+    from datasets import Dataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from hf_reset import ResetTrainer, StochasticResetCallback
+
+    class Clock(TrainerCallback):
+        """Times from one step's begin to its end."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self._synchronize()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self._synchronize()
+            self.seconds.append(time.perf_counter() - self.start)
+
+        def _synchronize(self) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    torch.manual_seed(0)
+    count = options.batch_size * options.steps
+    ids = torch.randint(1, 30_000, (count, options.length))
+    rows = Dataset.from_dict(
+        {
+            "input_ids": ids.tolist(),
+            "attention_mask": torch.ones_like(ids).tolist(),
+            "labels": [i % 8 for i in range(count)],
+        }
+    )
+    clock = Clock()
+    reset = {
+        "callback_off": StochasticResetCallback(probability=0.0, finish="last"),
+        "callback": StochasticResetCallback(probability=options.probability, patience=0),
+        "trainer": StochasticResetCallback(probability=options.probability, patience=0),
+    }.get(arm)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = (ResetTrainer if arm == "trainer" else Trainer)(
+            model_of(options),
+            TrainingArguments(
+                output_dir=directory,
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=options.batch_size,
+                eval_strategy="steps",
+                eval_steps=20,
+                logging_steps=20,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(2 * options.batch_size)),
+            callbacks=[clock, *([reset] if reset else [])],
+        )
+        trainer.train()
+    return clock.seconds[5:]
+
+
+def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[str, float]:
+    """Bytes of one scope's anchor, and its verbs in units of a stock step."""
+    import torch
+
+    from hf_reset import AnchorStore
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model_of(options).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    anchor = AnchorStore(model, optimizer, scope=scope)
+    anchor.snapshot()
+
+    def steps(verb: Any) -> float:
+        seconds = []
+        for _ in range(7):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            verb()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) / stock
+
+    return {
+        "anchor_bytes": anchor.nbytes,
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "snapshot_steps": steps(anchor.snapshot),
+        "restore_steps": steps(anchor.restore),
+        "distance_steps": steps(anchor.distance),
+    }
+
+
+if __name__ == "__main__":
+    main()
