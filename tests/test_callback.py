@@ -278,9 +278,17 @@ def test_a_metric_that_the_evaluation_lacks(tmp_path):
         plain_run(tmp_path, callback=callback(metric="f1"))
 
 
-def test_a_run_without_an_evaluation_says_that_nothing_was_reset(tmp_path):
-    with pytest.warns(NoEffectWarning, match=r"no anchor and nothing was reset. Evaluate more often"):
-        plain_run(tmp_path, callback=callback(), eval_steps=100)
+def test_a_run_whose_metric_is_never_finite_says_that_nothing_was_reset(tmp_path):
+    trainer = Trainer(
+        bert(),
+        arguments(tmp_path),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+        callbacks=[callback(metric="score")],
+        compute_metrics=lambda _: {"score": float("nan")},
+    )
+    with pytest.warns(NoEffectWarning, match=r"No evaluation gave a finite 'eval_score'.* nothing was reset"):
+        trainer.train()
 
 
 def test_a_metric_that_no_set_of_a_dict_has(tmp_path):
