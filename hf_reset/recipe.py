@@ -306,6 +306,8 @@ def arguments_of(training: Any, arm: str, seed: int) -> Any:
     args.output_dir = f"{training.output_dir}/{arm}-seed{seed}"
     args.seed = seed
     args.reset_finish = "last"
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # torch warns of it, each time, where there is no accelerator
     if arm == "plain":
         args.reset_probability = 0.0
     return args
