@@ -15,8 +15,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import math
+import os
 import re
 import sysconfig
+import textwrap
+import tokenize
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,7 +81,8 @@ class _Docstring(NamedTuple):
         return _AREA_OF.get(self.name.split(".", 1)[0])
 
     @property
-    def first_line(self) -> str:
+    def summary(self) -> str:
+        """The first paragraph: PEP 257's summary line, and what it was wrapped to."""
         return " ".join(self.text.split("\n\n", 1)[0].split())
 
 
@@ -123,18 +127,21 @@ def docstring_summaries(
     validation_fraction: float = 0.15,
     test_fraction: float = 0.15,
     min_words: int = 4,
+    max_words: int = 40,
     max_body_lines: int = 20,
 ) -> DatasetDict:
-    """Instruction tuning: a function in, the first sentence line of its documentation out.
+    """Instruction tuning: a function in, the summary line of its documentation out.
 
     Args:
         seed: As in ``docstring_topics``, with the same files in each split for the same fractions.
         form: What the prompt shows. "signature" (default): ``module.Class.function(arguments)``, a dozen or two
-            of tokens, about as much as the small default model can use on a CPU. "source": that and the body
-            without its docstring, for models that read code.
+            of tokens, about as much as the small default model can use on a CPU. "source": the definition as
+            Python, without its docstring, under a comment that names module and class; for models that read code.
         validation_fraction: Share of the docstrings that goes to "validation".
         test_fraction: Share that goes to "test".
-        min_words: Functions with a shorter first line are left out.
+        min_words: Functions with a shorter summary are left out.
+        max_words: Those with a longer one too: it is no summary. (A summary is the first paragraph, since many
+            wrap.)
         max_body_lines: With ``form="source"``, statements are cut after this many lines.
 
     Returns:
@@ -149,15 +156,10 @@ def docstring_summaries(
 
     if form not in ("signature", "source"):
         raise ConfigError(f'`form` must be "signature" or "source", got {form!r}.')
-    functions = [d for d in _documents() if d.signature and len(d.first_line.split()) >= min_words]
-    firsts = {d._replace(text=d.first_line): d for d in functions}
-    rows = {}
-    for short in _distinct(list(firsts)):
-        prompt = short.name + short.signature
-        if form == "source":
-            body = short.body.split("\n")[:max_body_lines]
-            prompt = "\n".join([f"def {prompt}:", *("    " + line for line in body)])
-        rows[firsts[short]] = {"prompt": prompt, "completion": short.text, "file": short.file}
+    functions = [d._replace(text=d.summary) for d in _documents() if d.signature]
+    functions = _distinct([d for d in functions if min_words <= len(d.text.split()) <= max_words])
+    prompt = {"signature": lambda d: d.name + d.signature, "source": lambda d: _source(d, max_body_lines)}[form]
+    rows = {d: {"prompt": prompt(d), "completion": d.text, "file": d.file} for d in functions}
     features = Features({name: Value("string") for name in ("prompt", "completion", "file")})
     return _split_rows(rows, features, seed, validation_fraction, test_fraction)
 
@@ -264,6 +266,7 @@ def _train_wordpiece(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFa
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
@@ -329,35 +332,49 @@ def _documents() -> tuple[_Docstring, ...]:
 
 
 def _sources(root: Path) -> list[Path]:
-    paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    # config-*, site-packages of other layouts and vendored wheels never start a module name.
-    kept = [path for path in paths if not _NOT_READ.intersection((*path.parts[:-1], path.stem))]
-    return sorted((path for path in kept if path.parts[0].split(".")[0].isidentifier()), key=Path.as_posix)
+    """Python files relative to ``root``, sorted by their names with "/"."""
+    paths = []
+    for folder, subfolders, files in os.walk(root):
+        # What is no module name, as config-3.11-x86_64, holds no modules.
+        subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in _NOT_READ]
+        modules = [name for name in files if name.endswith(".py") and name.removesuffix(".py") not in _NOT_READ]
+        paths += [Path(folder, name).relative_to(root) for name in modules]
+    return sorted(paths, key=Path.as_posix)
 
 
 def _parse(path: Path, root: Path) -> Iterator[_Docstring]:
     try:
-        with warnings.catch_warnings():
+        with tokenize.open(root / path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in the sources are not our reader's concern
-            tree = ast.parse((root / path).read_bytes())
+            source = file.read()
+            tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError):
         return
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-    yield from _walk(tree, path.as_posix(), module)
+    yield from _walk(tree, path.as_posix(), module, source.splitlines())
 
 
-def _walk(node: ast.AST, file: str, name: str) -> Iterator[_Docstring]:
+def _walk(node: ast.AST, file: str, name: str, lines: list[str]) -> Iterator[_Docstring]:
     """Docstrings of a node and of the classes and functions defined in it, however deep."""
     if isinstance(node, (ast.Module, ast.ClassDef, *_FunctionNode)):
-        text = (ast.get_docstring(node) or "").encode("utf-8", "replace").decode()
+        text = (ast.get_docstring(node) or "").encode("utf-8", "replace").decode()  # no lone surrogates
         if text:
-            is_function = isinstance(node, _FunctionNode)
-            signature = f"({ast.unparse(node.args)})" if is_function else ""
-            body = "\n".join(map(ast.unparse, node.body[1:])) if is_function else ""
+            signature, body = "", ""
+            if isinstance(node, _FunctionNode):
+                signature = f"({ast.unparse(node.args)})"
+                body = textwrap.dedent("\n".join(lines[node.body[0].end_lineno : node.end_lineno])).strip("\n")
             yield _Docstring(file, name, signature, body, text)
-    for child in ast.iter_child_nodes(node):
-        inner = f"{name}.{child.name}" if isinstance(child, (ast.ClassDef, *_FunctionNode)) else name
-        yield from _walk(child, file, inner)
+    for field in ("body", "orelse", "finalbody", "handlers", "cases"):  # definitions may stand under if, try, …
+        children = getattr(node, field, ())
+        for child in children if isinstance(children, list) else ():
+            is_definition = isinstance(child, (ast.ClassDef, *_FunctionNode))
+            yield from _walk(child, file, f"{name}.{child.name}" if is_definition else name, lines)
+
+
+def _source(function: _Docstring, max_body_lines: int) -> str:
+    where, name = function.name.rsplit(".", 1)
+    body = function.body.split("\n")[:max_body_lines]
+    return "\n".join([f"# {where}", f"def {name}{function.signature}:", *(f"    {line}".rstrip() for line in body)])
 
 
 # ------------------------------------------------------------------------------------ copies and splitting

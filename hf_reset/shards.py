@@ -6,13 +6,14 @@ copy of these views and a reset is one copy back; neither ever communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from hf_reset.errors import UnsupportedError
 
@@ -26,13 +27,12 @@ class Shards:
         optimizer: a torch optimizer, with or without accelerate's wrapper; None where only weights matter.
     """
 
-    sharded: bool = False
-
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
         self._parameters = parameters
         self._optimizer = unwrapped_optimizer(optimizer)
         self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.sharded = bool(self._fsdp)
+        self.sharded = bool(self._fsdp)  # whether this rank holds only a share
+        self.distributed = self.sharded  # whether the shares are DTensors, which know where they belong
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors that together hold this rank's share of a parameter's value, by part."""
@@ -51,16 +51,23 @@ class Shards:
 
     def put_optimizer_state(self, name: str, key: str, value: Any) -> None:
         """Set an entry that is a number, or that the optimizer has not made yet."""
-        parameter = self._parameters[name]
-        if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim() == parameter.dim() > 0:
-            value = DTensor.from_local(
-                value,
-                parameter.device_mesh,
-                parameter.placements,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-        self._optimizer.state[parameter][key] = value
+        if isinstance(value, Tensor):
+            value = self.whole(name, value)
+        self._optimizer.state[self._parameters[name]][key] = value
+
+    def whole(self, name: str, share: Tensor, entry: str | None = None) -> Tensor:
+        """A share of a parameter, or of an entry of its optimizer state, as the DTensor it is a share of.
+
+        A tensor that every rank holds whole is given back as it is. Memory is shared, on whatever device.
+        """
+        like: Any = self._parameters[name]
+        if entry is not None and self._optimizer is not None:
+            like = self._optimizer.state.get(like, {}).get(entry, like)
+        if not isinstance(like, DTensor) or share.shape != like._local_tensor.shape:
+            return share
+        meta = TensorMeta(like.shape, like.stride(), share.dtype)
+        spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
+        return DTensor(share, spec, requires_grad=False)  # not `from_local`: it would move a CPU anchor to the device
 
     def settle(self) -> None:
         """Before a write: give up gathered copies, which would otherwise hide it from the next forward.
@@ -71,13 +78,130 @@ class Shards:
             module.reshard()
 
 
-def shards_of(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> Shards:
+class Zero12Shards(Shards):
+    """Views for DeepSpeed ZeRO-1 and -2: whole low-precision weights, and a share of the float32 masters.
+
+    The step reads the masters and overwrites the weights, so a reset writes both. The optimizer runs on flat
+    partitions, one per parameter group; a parameter's entries are slices of theirs. The step count of Adam is
+    one for a whole partition: a partial scope leaves it alone, a full one restores it.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None, *, full: bool = True
+    ) -> None:
+        super().__init__(model, parameters, optimizer)
+        self.sharded = True
+        self.distributed = False
+        self._full = full
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The whole weight that the forward reads ("parameter"), and this rank's slice of its master."""
+        return {"parameter": self._parameters[name].data, "master": self._slice(name, self._partition(name))}
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """Slices of the flat state; the step count too where the scope is full."""
+        partition = self._partition(name)
+        if partition is None or self._optimizer is None:
+            return {}
+        entries: dict[str, Any] = {}
+        for key, value in self._optimizer.state.get(partition, {}).items():
+            if isinstance(value, Tensor) and value.shape == partition.shape:
+                entries[key] = self._slice(name, value)
+            elif self._full and isinstance(value, (Tensor, int, float)) and not isinstance(value, bool):
+                entries[key] = value
+        return entries
+
+    def put_optimizer_state(self, name: str, key: str, value: Any) -> None:
+        """Set a number of the partition, or make a flat entry that the optimizer has not made yet."""
+        partition = self._partition(name)
+        if partition is None:
+            return
+        state = self._optimizer.state[partition]
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            state[key] = value
+            return
+        if key not in state:
+            state[key] = torch.zeros_like(partition)
+        self._slice(name, state[key]).copy_(value)
+
+    def _partition(self, name: str) -> Tensor | None:
+        """The flat master that holds this rank's slice of a parameter; None where it holds none."""
+        mapping = self._parameters[name]._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        return None if mapping is None else self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+
+    def _slice(self, name: str, flat: Tensor | None) -> Tensor:
+        """The part of a flat tensor that belongs to a parameter; empty where this rank has none."""
+        parameter: Any = self._parameters[name]
+        if flat is None:
+            return parameter.data.new_empty(0, dtype=torch.float32)
+        address = parameter._hp_mapping.get_hp_fragment_address()
+        return flat.data.narrow(0, address.start, address.numel)
+
+
+class Zero3Shards(Zero12Shards):
+    """Views for DeepSpeed ZeRO-3: a share of the low-precision weights and of their float32 masters.
+
+    Small, persistent parameters are gathered on every rank all the time; a third part, "gathered", writes
+    those copies too, so that no gather is needed. Padding at the end of a share is left out.
+    """
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """This rank's share ("parameter"), its master, and the gathered copy of a persistent parameter."""
+        parameter: Any = self._parameters[name]
+        share = parameter.ds_tensor.data.reshape(-1).narrow(0, 0, self._numel(parameter))
+        parts = {"parameter": share, "master": self._slice(name, self._partition(name))}
+        if parameter.ds_persist and _is_gathered(parameter):
+            parts["gathered"] = parameter.data
+        return parts
+
+    def settle(self) -> None:
+        """Give up copies that an evaluation has left gathered, which would hide a reset from the next forward."""
+        for parameter in self._parameters.values():
+            if _is_gathered(parameter) and not parameter.ds_persist:  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.partition()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _partition(self, name: str) -> Tensor:
+        zero, (group, _, _) = self._position(name)
+        return zero.fp32_partitioned_groups_flat[group]
+
+    def _slice(self, name: str, flat: Tensor | None) -> Tensor:
+        assert flat is not None  # every rank has a share of every parameter, though it may be all padding
+        _, (_, offset, _) = self._position(name)
+        return flat.data.narrow(0, offset, self._numel(self._parameters[name]))
+
+    def _position(self, name: str) -> tuple[Any, tuple[int, int, int]]:
+        """ZeRO's optimizer, and the group, offset and length of a parameter's share in its flat masters."""
+        parameter: Any = self._parameters[name]
+        zero = parameter._z3_optimizer
+        return zero, zero.grad_position[zero.get_param_id(parameter)]
+
+    @staticmethod
+    def _numel(parameter: Any) -> int:
+        """Elements of the share that are not padding."""
+        share = parameter.ds_tensor.ds_numel
+        rank = torch.distributed.get_rank(parameter.ds_process_group)
+        return max(0, min(share, parameter.ds_numel - rank * share))
+
+
+def shards_of(
+    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None, *, full: bool = True
+) -> Shards:
     """The views that fit how `model` is laid out.
+
+    Args:
+        model: the model, wrapped or not.
+        parameters: those of the scope, by name.
+        optimizer: the optimizer, wrapped or not; None where only weights matter.
+        full: whether the scope holds every trainable parameter.
 
     Raises:
         UnsupportedError: the layout or the optimizer is one in which a reset could not be exact.
     """
     refuse_unsupported(model, parameters, optimizer)
+    if any(hasattr(p, "ds_id") for p in parameters.values()):
+        return Zero3Shards(model, parameters, optimizer, full=full)
+    if any(hasattr(p, "_hp_mapping") for p in parameters.values()):
+        return Zero12Shards(model, parameters, optimizer, full=full)
     return Shards(model, parameters, optimizer)
 
 
@@ -96,11 +220,7 @@ def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], op
             "Resets under FSDP1 are not supported: its flat parameters keep gathered copies that would hide a "
             "reset. Set `fsdp_version: 2` in the accelerate config (or `version: 2` in `fsdp_config`)."
         )
-    if any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters.values()):
-        raise UnsupportedError(
-            "Resets under DeepSpeed ZeRO are not supported yet: writing only the module's weights would be undone "
-            "by the next step. Launch with DDP or FSDP2."
-        )
+    refuse_unsupported_zero(parameters, optimizer)
     sharded = [name for name, p in parameters.items() if isinstance(p, DTensor)]
     if sharded and not any(isinstance(module, FSDPModule) for module in modules):
         raise UnsupportedError(
@@ -116,6 +236,37 @@ def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], op
         )
 
 
+def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
+    """Under DeepSpeed, only those of its optimizers are right whose masters can be reached in memory."""
+    zero = next((one for one in _chain(optimizer) if type(one).__module__.startswith("deepspeed.runtime")), None)
+    zero = zero or next((p._z3_optimizer for p in parameters.values() if hasattr(p, "_z3_optimizer")), None)  # pyright: ignore
+    if zero is None:
+        return
+    if optimizer is None:
+        raise UnsupportedError(
+            "Under DeepSpeed ZeRO an anchor needs the optimizer, which holds the float32 masters. Pass `optimizer`."
+        )
+    name = type(zero).__name__
+    if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer") or not all(
+        hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters.values()
+    ):
+        raise UnsupportedError(
+            f"Resets under DeepSpeed's {name} are not supported: it keeps float32 masters that cannot be reached, and "
+            "the next step would undo a reset of the weights alone. Set `zero_optimization.stage` to 1, 2 or 3, "
+            "without ZenFlow or SuperOffload."
+        )
+    if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
+        raise UnsupportedError(
+            "Resets under ZeRO-3 with weights or optimizer on NVMe are not supported: a reset would have to go "
+            'through the disk. Set `offload_optimizer.device` and `offload_param.device` to "cpu" or "none".'
+        )
+    if any(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters.values()):
+        raise UnsupportedError(
+            "Resets under ZeRO-3 with `zero_hpz_partition_size` above 1 are not supported: its second set of shares "
+            "would hide a reset. Set it to 1."
+        )
+
+
 def refuse_zeroing(optimizer: Any) -> None:
     """Quantised optimizer state has no all-zero form that means "fresh"."""
     raw = unwrapped_optimizer(optimizer)
@@ -127,10 +278,21 @@ def refuse_zeroing(optimizer: Any) -> None:
 
 
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside accelerate's wrapper."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """The torch optimizer inside the wrappers of accelerate and DeepSpeed."""
+    return None if optimizer is None else list(_chain(optimizer))[-1]
+
+
+def _chain(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and what it wraps, from the outside in."""
+    while optimizer is not None:
+        yield optimizer
+        inner = getattr(optimizer, "optimizer", None)
+        optimizer = inner if hasattr(inner, "param_groups") else None
+
+
+def _is_gathered(parameter: Any) -> bool:
+    """Whether ZeRO-3 holds the whole of a parameter on this rank at the moment."""
+    return parameter.ds_status.name == "AVAILABLE"
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], *, non_blocking: bool = False) -> None:
