@@ -1,0 +1,467 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf-reset[recipes]"]
+# ///
+"""Fine-tune a text classifier on labels that cannot all be trusted, with and without stochastic resetting.
+
+The embedded example, a plain and a reset arm, about three minutes on two CPU cores:
+
+    accelerate launch recipes/text_classification/train.py \\
+        --config recipes/text_classification/configs/quickstart.yaml --compare --output_dir runs/quickstart
+
+Data of your own (csv, tsv, json, jsonl or parquet; validation is taken from training where none is given):
+
+    accelerate launch recipes/text_classification/train.py --config recipes/text_classification/configs/finetune.yaml \\
+        --train_file train.csv --test_file test.csv --text_column text --label_column label \\
+        --model_name_or_path google/bert_uncased_L-4_H-512_A-8 --output_dir runs/mine
+
+Several processes: `accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/text_classification/train.py …`
+
+OUTPUT_DIR receives results.json (one record an arm and seed), report.md, curves.png, and ARM-seedN/model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_reset import ResetTrainer, ResetTrainingArguments
+    from hf_reset.classification import ClassificationData
+    from hf_reset.report.results import Results
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TextClassificationArguments:
+    """Options of this recipe; those of `ResetTrainingArguments` come on top."""
+
+    # data
+    dataset_name: str | None = _option(None, "Data set on the hub, or a local directory. Default: the embedded corpus.")
+    dataset_config_name: str | None = _option(None, "Its configuration.")
+    train_file: str | None = _option(None, "Local csv, tsv, json, jsonl or parquet file (.gz too) in its place.")
+    validation_file: str | None = _option(None, "Rows to choose anchors on. Default: some of the training rows.")
+    test_file: str | None = _option(None, "Rows to measure on, once, at the end. Default: some of the training rows.")
+    text_column: str = _option("text", "Column of the text.")
+    text_pair_column: str | None = _option(None, "Column of a second text, for pairs.")
+    label_column: str = _option("label", "Column of the label that training sees.")
+    clean_label_column: str | None = _option(
+        None, "For real noise: column of the true label, which the test is read by."
+    )
+    validation_label_column: str | None = _option(
+        None, "Column of validation labels. Default: label_column. 'clean_label': the true ones behind added noise."
+    )
+    validation_fraction: float = _option(0.15, "Share of training rows taken for validation where none is given.")
+    test_fraction: float = _option(0.15, "Share of training rows taken for the test where none is given.")
+    max_train_samples: int | None = _option(None, "At most so many training rows.")
+    max_eval_samples: int | None = _option(
+        None, "At most (where taken from training, exactly) so many validation rows."
+    )
+    max_predict_samples: int | None = _option(None, "Likewise for the test.")
+    max_seq_length: int = _option(64, "Tokens to which texts are cut.")
+    # noise
+    noise_rate: float = _option(0.0, "Share of training and validation labels to make wrong.")
+    noise_kind: Literal["symmetric", "pair", "matrix", "instance"] = _option("symmetric", "How labels go wrong.")
+    noise_matrix: str | None = _option(None, "For kind matrix: T[i][j] = P(noisy j | clean i), as JSON.")
+    # model
+    model_name_or_path: str | None = _option(
+        None, "Model on the hub or local directory. Default: a small BERT, untrained."
+    )
+    hidden_size: int = _option(128, "Width of the small BERT.")
+    num_hidden_layers: int = _option(2, "Its layers.")
+    vocab_size: int = _option(4000, "Tokens of the tokenizer trained on the training texts for it.")
+    freeze_embeddings: bool = _option(False, "Leave the word embeddings as they are.")
+    lora_rank: int = _option(0, "Rank of LoRA adapters; 0 trains all weights.")
+    lora_alpha: int = _option(16, "LoRA's alpha; updates are scaled by alpha / rank.")
+    lora_dropout: float = _option(0.0, "LoRA's dropout.")
+    lora_target_modules: str = _option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
+    # study
+    compare: bool = _option(False, "Run a plain and a reset arm from the same seeds.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds of data order, noise, model and training."}
+    )
+    memory_samples: int = _option(512, "Mislabelled training rows on which memory is followed during the run.")
+    save_model: bool = _option(True, "Keep each run's final model in OUTPUT_DIR/ARM-seedN/model.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe; what it refuses ends in one line and exit status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    from hf_reset.recipe import show_help
+
+    if show_help(argv, TextClassificationArguments, description=__doc__ or ""):
+        return
+    from hf_reset.errors import ResetError
+
+    try:
+        run(argv)
+    except ResetError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(argv: Sequence[str]) -> dict[str, Any]:
+    """The whole study: parse, train each arm from each seed, report.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    from functools import lru_cache
+
+    from hf_reset import ResetTrainingArguments
+    from hf_reset.corpora import docstring_topics
+    from hf_reset.errors import ConfigError
+    from hf_reset.recipe import load_splits, parse_recipe, planned_runs, quiet_unless_terminal, run_arms
+    from hf_reset.report.results import Results, environment_record
+
+    options, training, configuration = parse_recipe([TextClassificationArguments, ResetTrainingArguments], argv)
+    if training.load_best_model_at_end:
+        raise ConfigError(
+            "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
+            "it False; the best evaluated weights are kept in memory."
+        )
+    if "clean" in (training.reset_metric or training.metric_for_best_model or ""):
+        raise ConfigError(
+            "`reset_metric` would choose anchors by clean labels. If there are some to trust, name their column with "
+            "--validation_label_column; the report then says so."
+        )
+    runs = planned_runs(options.seeds, compare=options.compare, resets=training.reset_config().can_reset)
+    results = Results(
+        training.output_dir,
+        recipe="text_classification",
+        configuration=configuration,
+        environment=environment_record(training.device, processes=training.world_size),
+        resume=training.resume_from_checkpoint is not None,
+        write=training.should_save,
+    )
+    callbacks = quiet_unless_terminal(training)
+    say: Callable[[str], None] = print if training.should_save else lambda _: None
+    raw = load_splits(options, docstring_topics)
+    prepared = lru_cache(maxsize=1)(lambda seed: prepare(options, raw, seed))
+
+    def run_one(arm: str, seed: int) -> dict[str, Any]:
+        data = prepared(seed)
+        for note in data.notes:
+            results.note(note)
+        return train_and_measure(options, training, data, arm, seed, callbacks)
+
+    run_arms(results, runs, run_one, say=say)
+    if training.should_save:
+        write_report(options, results)
+    return results.as_dict()
+
+
+def prepare(options: TextClassificationArguments, raw: dict[str, Dataset], seed: int) -> ClassificationData:
+    """Splits of one seed, with its noise."""
+    import json
+
+    from hf_reset.classification import Columns, prepare_classification
+    from hf_reset.errors import ConfigError
+
+    try:
+        matrix = None if options.noise_matrix is None else json.loads(options.noise_matrix)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`noise_matrix` {options.noise_matrix!r} must be rows as JSON: {error}.") from error
+    columns = Columns(
+        text=options.text_column,
+        text_pair=options.text_pair_column,
+        label=options.label_column,
+        clean_label=options.clean_label_column,
+        validation_label=options.validation_label_column,
+    )
+    return prepare_classification(
+        raw,
+        columns,
+        noise_rate=options.noise_rate,
+        noise_kind=options.noise_kind,
+        noise_matrix=matrix,
+        seed=seed,
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+        max_train_samples=options.max_train_samples,
+        max_eval_samples=options.max_eval_samples,
+        max_predict_samples=options.max_predict_samples,
+    )
+
+
+def build_tokenizer(options: TextClassificationArguments, texts: list[str]) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or one trained on the training texts."""
+    from transformers import AutoTokenizer
+
+    from hf_reset.corpora import train_tokenizer
+    from hf_reset.recipe import load_pretrained
+
+    if options.model_name_or_path is None:
+        return train_tokenizer(texts, options.vocab_size)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, options.model_name_or_path)
+    if tokenizer.pad_token is None:  # decoders often have none
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(
+    options: TextClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
+) -> PreTrainedModel:
+    """The classifier: pretrained, or a small BERT; with adapters if asked for."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+    from hf_reset.recipe import load_pretrained
+
+    labels = {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    labels["label2id"] = {name: index for index, name in enumerate(names)}
+    if options.model_name_or_path is not None:
+        load = AutoModelForSequenceClassification.from_pretrained
+        model = load_pretrained(load, options.model_name_or_path, **labels)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=options.hidden_size,
+            num_hidden_layers=options.num_hidden_layers,
+            num_attention_heads=max(1, options.hidden_size // 64),
+            intermediate_size=4 * options.hidden_size,
+            max_position_embeddings=options.max_seq_length,
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
+            **labels,
+        )
+        model = BertForSequenceClassification(config)
+    if options.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    if options.lora_rank > 0:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        lora = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_target_modules,
+        )
+        model = get_peft_model(model, lora)
+    return model  # type: ignore[return-value]
+
+
+def train_and_measure(
+    options: TextClassificationArguments,
+    training: ResetTrainingArguments,
+    data: ClassificationData,
+    arm: str,
+    seed: int,
+    callbacks: list[Any],
+) -> dict[str, Any]:
+    """Train one arm from one seed; the test is read at the very end, by the last weights and by the best."""
+    import time
+
+    from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
+
+    from hf_reset import ResetTrainer
+    from hf_reset.diagnostics.best_weights import BestWeightsCallback
+    from hf_reset.recipe import arguments_of, resume_point
+    from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
+
+    args = arguments_of(training, arm, seed)
+    set_seed(seed)
+    tokenizer = build_tokenizer(options, list(data.train["text"]))
+    model = build_model(options, tokenizer, data.names)
+    splits = {name: tokenize(getattr(data, name), tokenizer, options) for name in ("train", "validation", "test")}
+    best_file = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
+    best = BestWeightsCallback(args.reset_config(), path=best_file)
+    trainer = ResetTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=validation_metrics(data),
+        callbacks=[best, *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)  # where there is no terminal: raw dicts, beside our own lines
+    follow_memory(trainer, data, splits["train"], options.memory_samples)
+    reset_peak_memory(args.device)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_point(training, args))
+    seconds = time.perf_counter() - start
+    record = {"train_seconds": seconds, "peak_memory_bytes": peak_memory_bytes(args.device)}
+    record |= measure(trainer, data, splits, "last")
+    with best.swapped():
+        record |= measure(trainer, data, splits, "best")
+    record |= trajectory(trainer, data, best)
+    if options.save_model:
+        save_final_model(trainer, training.reset_finish, best, f"{args.output_dir}/model")
+    return record
+
+
+def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: TextClassificationArguments) -> Dataset:
+    """Token columns beside ``label``."""
+    from datasets import Dataset
+
+    pairs = list(rows["text_pair"]) if "text_pair" in rows.column_names else None
+    tokens = tokenizer(list(rows["text"]), pairs, truncation=True, max_length=options.max_seq_length)
+    return Dataset.from_dict({**tokens, "label": list(rows["label"])})
+
+
+def validation_metrics(data: ClassificationData) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Accuracy on the validation labels, and, to be looked at only, on the clean ones behind them.
+
+    Validation rows come in order, so the clean labels need not pass through the model. They choose nothing.
+    """
+    import numpy as np
+
+    clean = np.asarray(data.validation["clean_label"])
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        classes = predicted_classes(prediction.predictions)
+        metrics = {"accuracy": float((classes == prediction.label_ids).mean())}
+        if len(classes) == len(clean) and (clean >= 0).all():  # not the test or training rows
+            metrics["clean_accuracy"] = float((classes == clean).mean())
+        return metrics
+
+    return compute
+
+
+def predicted_classes(predictions: Any) -> np.ndarray:
+    """Class numbers, shape (N,), from logits of shape (N, K), or from a tuple that begins with them."""
+    import numpy as np
+
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return np.asarray(logits).argmax(axis=-1)
+
+
+def follow_memory(trainer: ResetTrainer, data: ClassificationData, tokens: Dataset, samples: int) -> None:
+    """At each evaluation, log what the live weights say of a fixed sample of the mislabelled training rows."""
+    import torch
+    from transformers import TrainerCallback
+
+    from hf_reset.metrics import label_memory
+
+    if not len(data.mislabelled) or samples < 1:
+        return
+    rows = data.mislabelled[:samples]  # rows are in random order already
+    given, clean = (list(data.train.select(rows)[name]) for name in ("label", "clean_label"))
+    columns = [name for name in tokens.column_names if name != "label"]
+    encoded = [
+        dict(zip(columns, row, strict=True)) for row in zip(*(tokens.select(rows)[c] for c in columns), strict=True)
+    ]
+    size = trainer.args.per_device_eval_batch_size
+    batches = [trainer.data_collator(encoded[start : start + size]) for start in range(0, len(encoded), size)]
+
+    class FollowMemory(TrainerCallback):
+        @torch.no_grad()
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"].eval()  # the Trainer calls train() before each step
+            logits = [model(**{k: v.to(args.device) for k, v in batch.items()}).logits for batch in batches]
+            shares = label_memory(predicted_classes(torch.cat(logits).float().cpu()), given, clean)
+            state.log_history.append({**shares, "step": state.global_step, "epoch": state.epoch})
+
+    trainer.add_callback(FollowMemory())
+
+
+def measure(
+    trainer: ResetTrainer, data: ClassificationData, splits: dict[str, Dataset], weights: str
+) -> dict[str, float | None]:
+    """The live weights on the clean test, and on all training rows that are mislabelled.
+
+    Args:
+        trainer: after training.
+        data: labels of the splits.
+        splits: tokens of the splits.
+        weights: ``"last"`` or ``"best"``, what the keys of the record end in.
+    """
+    from hf_reset.metrics import accuracy, label_memory, macro_f1
+
+    test = predicted_classes(trainer.predict(splits["test"]).predictions)  # type: ignore[arg-type]
+    truth = list(data.test["clean_label"])
+    record: dict[str, float | None] = {
+        f"test_accuracy_{weights}": accuracy(test, truth),
+        f"test_macro_f1_{weights}": macro_f1(test, truth),
+    }
+    name = "label_memory" if weights == "last" else "label_memory_best"
+    record[name] = None
+    if len(data.mislabelled):
+        rows = data.train.select(data.mislabelled)
+        tokens = splits["train"].select(data.mislabelled)
+        classes = predicted_classes(trainer.predict(tokens).predictions)  # type: ignore[arg-type]
+        memory = label_memory(classes, list(rows["label"]), list(rows["clean_label"]))
+        record[name] = memory["memory/wrong"]
+    return record
+
+
+def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> dict[str, Any]:
+    """What happened on the way: resets, the best evaluation, and the curves of the figure."""
+    from hf_reset.report.results import series
+
+    callback = trainer.reset_callback
+    assert callback is not None
+    log = trainer.state.log_history
+    history = {
+        "validation_loss": series(log, "eval_loss"),
+        "validation_accuracy": series(log, "eval_accuracy"),
+        "clean_accuracy": series(log, "eval_clean_accuracy"),
+        "label_memory": series(log, "memory/wrong"),
+    }
+    at_best = [value for step, value in history["validation_accuracy"] if step == best.step]
+    clean = [label for label in data.validation["clean_label"] if label >= 0]
+    return {
+        "resets": callback.reset_state.resets,
+        "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
+        "steps": trainer.state.global_step,
+        "best_step": best.step,
+        "best_metric": best.best,
+        "validation_accuracy_best": at_best[0] if at_best else None,
+        "validation_labels_right": 1 - sum(data.validation["is_mislabelled"]) / len(clean) if clean else None,
+        "train_rows": len(data.train),
+        "train_mislabelled": len(data.mislabelled),
+        "history": {name: curve for name, curve in history.items() if curve},
+    }
+
+
+def save_final_model(trainer: ResetTrainer, finish: str, best: Any, path: str) -> None:
+    """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as `reset_finish` says."""
+    from contextlib import nullcontext
+
+    store = trainer.reset_callback.store if trainer.reset_callback is not None else None
+    anchor = store.swapped() if store is not None and store.is_set else best.swapped()
+    with anchor if finish == "anchor" else nullcontext():
+        trainer.save_model(path)
+
+
+def write_report(options: TextClassificationArguments, results: Results) -> None:
+    """report.md and curves.png beside results.json; the table goes to the screen."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from hf_reset.report.card import COST_COLUMNS, summary_table
+    from hf_reset.report.classification import COLUMNS, write_classification_report
+
+    added = options.noise_rate > 0 or options.noise_kind == "matrix"
+    noise = "labels as given"
+    if added:
+        noise = (
+            f"{options.noise_rate:.0%} {options.noise_kind} label noise" if options.noise_rate else "noise by matrix"
+        )
+    elif options.clean_label_column is not None:
+        noise = f"real noise in {options.label_column}"
+    report = write_classification_report(
+        results,
+        title=f"{options.dataset_name or options.train_file or 'Standard-library docstrings'}: {noise}",
+        label=options.label_column,
+        validation_label=options.validation_label_column,
+        clean_known=added or options.clean_label_column is not None,
+    )
+    Console(width=None if sys.stdout.isatty() else 120).print(
+        Markdown(summary_table(results.records, [*COLUMNS, *COST_COLUMNS]))
+    )
+    print(f"{report} has the report, {results.path} every number.")
+
+
+if __name__ == "__main__":
+    main()
