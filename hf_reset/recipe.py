@@ -224,7 +224,9 @@ def load_file(path: str | Path, *, argument: str) -> Dataset:
         loaded = load_dataset(_FORMATS[kind], data_files=str(path), **options)["train"]
     except Exception as error:  # whatever the reader of that format raises: the file is not what its suffix says
         reason = error.__cause__ or error
-        raise DataError(f"`{argument}` {str(path)!r} cannot be read as {_FORMATS[kind]} ({reason}).") from error
+        raise DataError(
+            f"`{argument}` {str(path)!r} cannot be read as {_FORMATS[kind]}, or is empty ({reason})."
+        ) from error
     assert isinstance(loaded, Dataset)
     return loaded
 

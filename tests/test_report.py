@@ -1,0 +1,197 @@
+"""The results file is whole and guarded, tables say mean ± sd, figures show every arm."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hf_reset.errors import ConfigError, DataError
+from hf_reset.report.card import Column, markdown_report, markdown_table, mean_and_sd, summary_table
+from hf_reset.report.classification import chosen_by, reading
+from hf_reset.report.plots import Panel, plot_runs
+from hf_reset.report.results import (
+    Results,
+    check_output_dir,
+    environment_record,
+    peak_memory_bytes,
+    plain,
+    read_results,
+    reset_peak_memory,
+    series,
+    write_atomic,
+)
+
+
+def record(arm, seed, **more):
+    history = {"validation_loss": [[0, 2.0], [10, 1.0 + seed / 10]]}
+    steps = [4, 7] if arm == "reset" else []
+    return {"arm": arm, "seed": seed, "accuracy": 0.5 + seed / 10, "history": history, "reset_steps": steps, **more}
+
+
+def results_in(folder, **more):
+    return Results(folder, recipe="r", configuration={"rate": 0.4, "seeds": [0]}, environment={}, **more)
+
+
+def test_each_record_is_on_disk_at_once(tmp_path):
+    results = results_in(tmp_path)
+    results.add(record("plain", 0))
+    assert [(r["arm"], r["seed"]) for r in read_results(tmp_path)["records"]] == [("plain", 0)]
+    results.add(record("plain", 1))
+    results.add(record("plain", 0, accuracy=0.9))
+    assert {r["seed"]: r["accuracy"] for r in read_results(tmp_path)["records"]} == {0: 0.9, 1: 0.6}
+    assert not list(tmp_path.glob(".*tmp")), "the temporary file was renamed"
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_atomic(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_other_processes_write_nothing(tmp_path):
+    results_in(tmp_path, write=False).add(record("plain", 0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_run_in_it_is_refused(tmp_path):
+    results_in(tmp_path).add(record("plain", 0))
+    with pytest.raises(ConfigError, match=r"`output_dir` is .* has a run in it \(results.json\).*--output_dir"):
+        results_in(tmp_path)
+    taken_up = results_in(tmp_path, resume=True)
+    assert taken_up.has("plain", 0)
+    assert not taken_up.has("reset", 0)
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-20", "reset-seed0/checkpoint-20"])
+def test_checkpoints_without_results_are_a_run_too(tmp_path, inside):
+    (tmp_path / inside).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=inside):
+        check_output_dir(tmp_path, resume=False)
+    check_output_dir(tmp_path, resume=True)
+
+
+def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        check_output_dir(tmp_path / "file", resume=True)
+
+
+def test_a_run_is_taken_up_with_its_own_configuration_only(tmp_path):
+    results_in(tmp_path).add(record("plain", 0))
+    more_seeds = {"rate": 0.4, "seeds": [0, 1]}
+    Results(tmp_path, recipe="r", configuration=more_seeds, environment={}, resume=True)
+    with pytest.raises(ConfigError, match=r"rate: 0\.4 there, 0\.2 now"):
+        Results(tmp_path, recipe="r", configuration={"rate": 0.2, "seeds": [0]}, environment={}, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_file_of_no_results_is_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError, match=r"results\.json"):
+        read_results(tmp_path)
+
+
+def test_plain_makes_json_of_what_runs_hold():
+    import numpy as np
+
+    value = {"a": np.float32(0.5), "b": float("nan"), "c": (np.int64(3), True), 4: np.arange(2), "s": {"x"}}
+    assert plain(value) == {"a": 0.5, "b": None, "c": [3, True], "4": [0, 1], "s": ["x"]}
+    json.dumps(plain(value), allow_nan=False)
+
+
+def test_environment_names_versions_and_device():
+    import torch
+
+    environment = environment_record(torch.device("cpu"), processes=2)
+    assert environment["packages"]["torch"] == torch.__version__
+    assert (environment["device"], environment["processes"]) == ("cpu", 2)
+
+
+def test_peak_memory_is_that_of_the_run():
+    import torch
+
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the peak resident set cannot be reset here")
+    device = torch.device("cpu")
+    big = bytearray(os.urandom(1 << 20) * 200)
+    before = peak_memory_bytes(device)
+    del big
+    reset_peak_memory(device)
+    assert peak_memory_bytes(device) < before - 100 * 2**20
+
+
+def test_series_reads_a_curve_from_a_log():
+    log = [{"step": 1, "eval_loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 3, "eval_loss": 1.5}]
+    assert series(log, "eval_loss") == [[1, 2.0], [3, 1.5]]
+
+
+def test_mean_and_sample_deviation():
+    assert mean_and_sd([1.0, 3.0, None]) == (2.0, pytest.approx(2**0.5))
+    assert mean_and_sd([1.0]) == (1.0, None)
+    assert mean_and_sd([None]) is None
+
+
+def test_the_table_has_a_row_an_arm():
+    records = [record("plain", 0), record("reset", 0), record("plain", 1), record("reset", 1)]
+    lines = summary_table(records, [Column("accuracy", "accuracy", digits=2), Column("absent", "absent")]).splitlines()
+    assert lines[0] == "| arm | seeds | accuracy | absent |"
+    assert lines[2:] == ["| plain | 2 | 0.55 ± 0.07 | – |", "| reset | 2 | 0.55 ± 0.07 | – |"]
+
+
+def test_a_pipe_in_a_cell_does_not_end_it():
+    assert markdown_table(["a|b"], [["c"]]).splitlines()[0] == "| a\\|b |"
+
+
+def test_the_report_says_what_chose_and_what_was_dropped(tmp_path):
+    results = results_in(tmp_path)
+    results.add(record("plain", 0))
+    results.note("3 rows were dropped.")
+    results.note("3 rows were dropped.")
+    report = markdown_report(
+        results.as_dict(), [Column("accuracy", "accuracy")], title="T", chosen_by="noisy ones.", sections={"S": "text"}
+    )
+    assert "**What chose the anchors:** noisy ones." in report
+    assert report.count("3 rows were dropped.") == 1
+    assert "## S\n\ntext" in report
+
+
+def test_the_report_tells_noisy_from_trusted_validation():
+    assert "noisy like" in chosen_by("label", None, clean_known=True)
+    assert "trusted" in chosen_by("label", "clean_label", clean_known=True)
+    assert "trusted" not in chosen_by("label", "label", clean_known=True)
+
+
+def test_reading_tells_the_two_regimes_apart():
+    symmetric = record("reset", 0, resets=9, validation_labels_right=0.6, validation_accuracy_best=0.4)
+    systematic = record("reset", 0, resets=0, validation_labels_right=0.54, validation_accuracy_best=0.8)
+    assert "resetting can help" in reading([symmetric])
+    assert "systematic" not in reading([symmetric])
+    assert "systematic" in reading([systematic])
+    assert "never began" in reading([systematic])
+
+
+def test_the_figure_shows_arms_seeds_resets_and_skips_empty_panels(tmp_path):
+    records = [record("plain", 0), record("reset", 0), record("reset", 1)]
+    panels = [Panel("validation_loss", "loss", "nats", marks_resets=True, final="accuracy"), Panel("none", "n", "y")]
+    path = plot_runs(records, panels, tmp_path / "figures" / "curves.svg", title="title")
+    drawn = path.read_text()
+    for text in ("plain", "reset", "a reset (one row a seed)", "title", "nats", "optimizer step"):
+        assert f"<!-- {text} -->" in drawn
+    assert "<!-- n -->" not in drawn
+
+
+def test_no_curve_no_figure(tmp_path):
+    with pytest.raises(DataError, match="no record has a curve"):
+        plot_runs([record("plain", 0)], [Panel("none", "n", "y")], tmp_path / "x.png")
+
+
+def test_matplotlib_and_torch_are_imported_only_when_needed():
+    code = (
+        "import sys, hf_reset.report.plots, hf_reset.report.card, hf_reset.report.results, hf_reset.recipe; "
+        "sys.exit(any(name in sys.modules for name in ('matplotlib', 'torch')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
