@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,24 +74,25 @@ def small_llama(
         eos_token_id=end,
         pad_token_id=pad,
     )
-    args = TrainingArguments(
-        output_dir=f"{folder}-training",
-        max_steps=steps,
-        per_device_train_batch_size=16,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.01,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=use_cpu,
-        seed=seed,
-    )
-    data = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-    trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, and writes nothing there
+        args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.01,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=use_cpu,
+            seed=seed,
+        )
+        data = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+        trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)
+        trainer.train()
     if args.should_save:
         _save_whole(folder, trainer.model, tokenizer)
     if torch.distributed.is_initialized():

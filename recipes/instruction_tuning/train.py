@@ -177,21 +177,16 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
 def arguments_class(argv: Sequence[str]) -> type:
     """The class of the trainer's arguments, `reset_*` fields in front, for the trainer that was asked for."""
-    from hf_reset import ResetArguments, ResetTrainingArguments
+    from hf_reset import ResetTrainingArguments
     from hf_reset.errors import ConfigError
     from hf_reset.recipe import given_option
 
     if given_option(argv, "trainer", default="plain") != "sft":
         return ResetTrainingArguments
     try:
-        from trl.trainer.sft_config import SFTConfig
+        from hf_reset.sft import ResetSFTConfig
     except ImportError as error:
         raise ConfigError("`trainer` sft needs TRL, which is not installed: pip install 'hf-reset[trl]'.") from error
-
-    @dataclass
-    class ResetSFTConfig(ResetArguments, SFTConfig):
-        pass
-
     return ResetSFTConfig
 
 
@@ -361,8 +356,8 @@ def with_adapters(options: InstructionTuningArguments, training: Any, model: Pre
     from hf_reset.errors import ConfigError
 
     if options.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
-    elif training.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.activation_checkpointing)
+    elif training.activation_checkpointing:
         model.enable_input_require_grads()  # a checkpointed block whose input needs no gradient would pass none on
     try:
         lora = LoraConfig(
@@ -391,7 +386,7 @@ def build_trainer(
     """transformers' Trainer or TRL's SFTTrainer, resetting; both get the same tokens and labels."""
     from transformers import DataCollatorForSeq2Seq
 
-    from hf_reset import ResetTrainer, ResetTrainerMixin
+    from hf_reset import ResetTrainer
 
     given: dict[str, Any] = {
         "model": model,
@@ -402,10 +397,7 @@ def build_trainer(
         "callbacks": callbacks,
     }
     if options.trainer == "sft":
-        from trl.trainer.sft_trainer import SFTTrainer
-
-        class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer):
-            pass
+        from hf_reset.sft import ResetSFTTrainer
 
         args.max_length = options.max_seq_length
         trainer: Any = ResetSFTTrainer(**given)
@@ -614,7 +606,10 @@ def write_report(options: InstructionTuningArguments, results: Results) -> None:
         sections=sections,
     )
     path = write_atomic(folder / "report.md", report)
-    Console().print(Markdown(summary_table(results.records, [*columns, *COST_COLUMNS])))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge
+    console.print(Markdown(summary_table(results.records, [*columns, *COST_COLUMNS])))
     print(f"{path}, {figure}, {results.path}")
 
 
