@@ -88,7 +88,7 @@ def test_a_negative_control_without_the_anchor_it_differs(whole, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eval_on_start": True},
+        {"eval_on_start": True, "save_steps": 2},  # resumed between evaluations, where one must not count
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
         {"load_best_model_at_end": True, "save_total_limit": 1},
