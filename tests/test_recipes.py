@@ -1,0 +1,256 @@
+"""The text-classification recipe from end to end, on settings so small that a run takes a second or two."""
+
+import csv
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_reset import ResetTrainingArguments
+from hf_reset.checkpoints import last_whole_checkpoint
+from hf_reset.errors import ConfigError, DataError, MetricError
+from hf_reset.recipe import parse_recipe
+from hf_reset.report.results import read_results
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "recipes" / "text_classification"
+SCRIPT = FOLDER / "train.py"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+TOPICS = {"fruit": "apple pear plum grape cherry", "metal": "iron copper zinc silver tin", "bird": "owl crow wren gull"}
+
+
+def load_recipe():
+    spec = importlib.util.spec_from_file_location("text_classification_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = load_recipe()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Three topics that a handful of steps can tell apart; `given` has every fifth label wrong."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    for split, count in (("train", 120), ("test", 30)):
+        with open(folder / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "given"])
+            for index in range(count):
+                topic = list(TOPICS)[index % 3]
+                words = " ".join(draw.choices(TOPICS[topic].split(), k=6))
+                writer.writerow([f"{words} {index}", topic, list(TOPICS)[(index + (index % 5 == 0)) % 3]])
+    return folder
+
+
+def options(files, output_dir, **more):
+    """A command line: tiny data, tiny model, few steps."""
+    chosen = {
+        "train_file": files / "train.csv",
+        "test_file": files / "test.csv",
+        "output_dir": output_dir,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "vocab_size": 300,
+        "max_seq_length": 16,
+        "max_steps": 12,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "reset_patience": 0,
+        "reset_probability": 0.5,
+        "use_cpu": True,
+        **more,
+    }
+    words = []
+    for name, value in chosen.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+@pytest.fixture(scope="module")
+def study(files, tmp_path_factory):
+    """Both arms of two seeds, at 40 % noise."""
+    output_dir = tmp_path_factory.mktemp("study")
+    recipe.main(options(files, output_dir, compare=True, seeds=[0, 1], noise_rate=0.4))
+    return output_dir
+
+
+def test_both_arms_and_seeds_are_recorded_with_the_agreed_keys(study):
+    results = read_results(study)
+    assert [(r["arm"], r["seed"]) for r in results["records"]] == [
+        ("plain", 0),
+        ("reset", 0),
+        ("plain", 1),
+        ("reset", 1),
+    ]
+    for record in results["records"]:
+        for key in ("test_accuracy_last", "test_accuracy_best", "label_memory"):
+            assert 0 <= record[key] <= 1
+        assert record["train_seconds"] > 0
+        assert record["peak_memory_bytes"] > 2**20
+        assert record["resets"] == len(record["reset_steps"])
+        assert [step for step, _ in record["history"]["validation_loss"]] == [2, 4, 6, 8, 10, 12]
+        assert set(record["history"]) == {"validation_loss", "validation_accuracy", "clean_accuracy", "label_memory"}
+    assert results["configuration"]["noise_rate"] == 0.4
+    assert results["configuration"]["reset_probability"] == 0.5
+    assert "torch" in results["environment"]["packages"]
+
+
+def test_only_the_reset_arm_resets_and_both_begin_alike(study):
+    plain, reset = read_results(study)["records"][:2]
+    assert plain["resets"] == 0
+    assert reset["resets"] > 0
+    assert plain["history"]["validation_loss"][0] == reset["history"]["validation_loss"][0]
+
+
+def test_the_best_is_the_best_evaluation(study):
+    for record in read_results(study)["records"]:
+        losses = dict(record["history"]["validation_loss"])
+        assert record["best_metric"] == min(losses.values()) == losses[record["best_step"]]
+
+
+def test_report_and_figure_lie_beside_the_results(study):
+    report = (study / "report.md").read_text()
+    assert "validation labels noisy like the training labels" in report
+    assert "No validation split was given: 18 of 120 training rows were taken for it." in report
+    assert "![Curves of the run](curves.png)" in report
+    assert (study / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_run_leaves_a_model_that_loads(study):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(study / "reset-seed0" / "model")
+    assert model.config.label2id == {"bird": 0, "fruit": 1, "metal": 2}
+    assert AutoTokenizer.from_pretrained(study / "reset-seed0" / "model").pad_token == "[PAD]"
+
+
+def test_a_second_run_into_the_same_folder_is_refused(files, study, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(options(files, study, compare=True, seeds=[0, 1], noise_rate=0.4))
+    assert "has a run in it (results.json). Name another folder with --output_dir" in str(stopped.value)
+
+
+def test_a_study_is_taken_up_where_it_stopped(files, study, tmp_path, capsys):
+    results = read_results(study)
+    results["records"] = results["records"][:3]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    again = options(files, tmp_path, compare=True, seeds=[0, 1], noise_rate=0.4, resume_from_checkpoint="last")
+    recipe.main(again)
+    assert capsys.readouterr().out.count("recorded already") == 3
+    same = ("test_accuracy_last", "label_memory", "reset_steps", "history")
+    expected, got = read_results(study)["records"][3], read_results(tmp_path)["records"][3]
+    assert [got[key] for key in same] == [expected[key] for key in same]
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.0])
+def test_a_killed_run_ends_as_if_it_had_not_been(files, tmp_path, monkeypatch, probability):
+    saving = {"save_strategy": "steps", "save_steps": 4, "noise_rate": 0.4, "reset_probability": probability}
+    whole = recipe.run(options(files, tmp_path / "whole", **saving))["records"][0]
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(options(files, tmp_path / "cut", **saving))
+    monkeypatch.undo()
+    arm = "reset" if probability else "plain"
+    folder = tmp_path / "cut" / f"{arm}-seed0"
+    (folder / "checkpoint-12" / "trainer_state.json").unlink()  # killed while it was being written
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-8")
+    cut = recipe.run(options(files, tmp_path / "cut", **saving, resume_from_checkpoint="last"))["records"][0]
+    same = ("test_accuracy_last", "test_accuracy_best", "label_memory", "reset_steps", "history", "best_step")
+    assert [cut[key] for key in same] == [whole[key] for key in same]
+
+
+def test_real_noise_trains_on_given_labels_and_tests_on_clean_ones(files, tmp_path):
+    record = recipe.run(options(files, tmp_path, label_column="given", clean_label_column="label"))["records"][0]
+    assert record["arm"] == "reset"
+    assert record["train_mislabelled"] in range(15, 25)
+    assert record["validation_labels_right"] < 1
+    assert "real noise in given" in (tmp_path / "report.md").read_text()
+
+
+def test_trusted_validation_is_said(files, tmp_path):
+    trusted = options(files, tmp_path, noise_rate=0.4, validation_label_column="clean_label", max_steps=4)
+    assert recipe.run(trusted)["records"][0]["validation_labels_right"] == 1
+    assert "trusted validation labels" in (tmp_path / "report.md").read_text()
+
+
+def test_labels_as_given_have_no_memory_to_show(files, tmp_path):
+    record = recipe.run(options(files, tmp_path, max_steps=4))["records"][0]
+    assert record["label_memory"] is None
+    assert "label_memory" not in record["history"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
+def test_lora_and_a_local_model(files, study, tmp_path):
+    lora = {"lora_rank": 2, "reset_scope": "adapters", "freeze_embeddings": True, "noise_rate": 0.4}
+    lora["model_name_or_path"] = study / "plain-seed0" / "model"
+    record = recipe.run(options(files, tmp_path, **lora))["records"][0]
+    assert record["resets"] > 0
+    assert (tmp_path / "reset-seed0" / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"eval_strategy": "no"}, MetricError, "eval_strategy"),
+        ({"load_best_model_at_end": True}, ConfigError, "`load_best_model_at_end` is True"),
+        ({"reset_metric": "clean_accuracy"}, ConfigError, "--validation_label_column"),
+        ({"label_column": "topic"}, DataError, "`label_column` is 'topic'.*It has 'text', 'label', 'given'"),
+        ({"dataset_name": "trec"}, ConfigError, "`train_file` and `dataset_name` 'trec' were both given"),
+        ({"model_name_or_path": "no/where"}, ConfigError, "`model_name_or_path` 'no/where' cannot be loaded"),
+        ({"noise_kind": "matrix", "noise_matrix": "[["}, ConfigError, "`noise_matrix` .* must be rows as JSON"),
+        ({"compare": True, "reset_probability": 0}, ConfigError, "`compare` with `reset_probability` 0"),
+        ({"reset_probability": 1.5}, ConfigError, r"`probability` must be in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(files, tmp_path, more, error, message):
+    chosen = options(files, tmp_path / "out", **{"save_steps": 2, "save_strategy": "no", **more})
+    if "load_best_model_at_end" in more:
+        chosen += ["--save_strategy", "steps"]
+    with pytest.raises(error, match=message):
+        recipe.run(chosen)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_parses_and_explains_itself(path):
+    parsed, training, _ = parse_recipe(
+        [recipe.TextClassificationArguments, ResetTrainingArguments], ["--config", str(path)]
+    )
+    assert training.eval_strategy == "steps"
+    assert parsed.seeds
+    header = path.read_text().split("\noutput_dir")[0]
+    for heading in ("What:", "Launch:", "Override:", "Takes:", "Expect:"):
+        assert heading in header
+    assert f"configs/{path.name}" in header
+    assert all(key in {**vars(parsed), **vars(training)} for key in yaml.safe_load(path.read_text()))
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        "import runpy, sys; sys.argv = ['train.py', '--help']; "
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__'); sys.exit('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 10, "about one second on an idle machine"
+    for name in ("--noise_rate", "--text_pair_column", "--clean_label_column", "--seeds", "--compare", "--config"):
+        assert name in done.stdout
