@@ -1,14 +1,18 @@
-"""The fields of `ResetConfig` as training arguments, for the command line and for YAML."""
+"""The fields of `ResetConfig`, and a robust loss, as training arguments for the command line and for YAML."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_reset.errors import ConfigError
+from hf_reset.losses import LOSSES, compute_loss_func, shifts_labels
 from hf_reset.policy import ResetConfig
 
 _PREFIX = "reset_"
@@ -63,6 +67,15 @@ class ResetArguments:
         default=None, metadata={"help": "Resets after which no more happen. Default: no limit."}
     )
     reset_seed: int | None = field(default=None, metadata={"help": "Seed of the draws. Default: seed."})
+    reset_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "A robust loss to train with, by its name in hf_reset.losses (gce, sce). Default: the model's."
+        },
+    )
+    reset_loss_options: str | None = field(
+        default=None, metadata={"help": 'Options of that loss as JSON, such as {"q": 0.7}.'}
+    )
 
     def __post_init__(self) -> None:
         # A plain dataclass in front of TrainingArguments: pass the call on where there is one to pass it to.
@@ -70,6 +83,9 @@ class ResetArguments:
         if parent is not None:
             parent()
         self.reset_config()
+        self._loss_options()
+        if self.reset_loss is not None and self.reset_loss not in LOSSES:
+            raise ConfigError(f"`reset_loss` must be one of {', '.join(LOSSES)}, got {self.reset_loss!r}.")
 
     def reset_config(self) -> ResetConfig:
         """The configuration that these fields describe.
@@ -83,6 +99,30 @@ class ResetArguments:
             with contextlib.suppress(json.JSONDecodeError):  # a regular expression may begin with a bracket
                 values["scope"] = json.loads(scope)
         return ResetConfig(**values)
+
+    def loss_func(self, model: nn.Module) -> Callable[..., Tensor] | None:
+        """The loss that `reset_loss` names, as `Trainer.compute_loss_func`; None for the model's own.
+
+        Raises:
+            ConfigError: the loss has no such option, or an option has a value it cannot have.
+        """
+        if self.reset_loss is None:
+            return None
+        options = {"shift": shifts_labels(model), **self._loss_options()}
+        return compute_loss_func(self.reset_loss, **options)
+
+    def _loss_options(self) -> dict[str, Any]:
+        try:
+            options = json.loads(self.reset_loss_options or "{}")
+        except json.JSONDecodeError:
+            options = None
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f'`reset_loss_options` must be a JSON object such as {{"q": 0.7}}, got {self.reset_loss_options!r}.'
+            )
+        if options and self.reset_loss is None:
+            raise ConfigError(f"`reset_loss_options` {self.reset_loss_options!r} needs a `reset_loss` to apply to.")
+        return options
 
 
 @dataclass

@@ -21,7 +21,8 @@ class ResetTrainerMixin:
 
     The configuration comes from the `reset_*` fields of the arguments (`ResetTrainingArguments`, or
     `ResetArguments` in front of another arguments class), or from a `StochasticResetCallback` among
-    `callbacks`; with neither, from `ResetConfig()`.
+    `callbacks`; with neither, from `ResetConfig()`. `reset_loss` names a loss of `hf_reset.losses` to train and
+    evaluate with.
 
     Adds to what the callback does:
         - Exact resume from a checkpoint anywhere. `train(resume_from_checkpoint=True)` takes the newest whole
@@ -45,6 +46,10 @@ class ResetTrainerMixin:
                     "Pass one: plain TrainingArguments with the callback, or ResetTrainingArguments without."
                 )
             self.add_callback(StochasticResetCallback(self.args.reset_config()))  # pyright: ignore
+            loss = self.args.loss_func(self.model)  # pyright: ignore[reportAttributeAccessIssue]
+            if loss is not None:
+                # Set here, since SFTTrainer deprecates the constructor's argument.
+                self.compute_loss_func = loss
 
     @property
     def reset_callback(self) -> StochasticResetCallback | None:

@@ -11,7 +11,8 @@ from hf_reset.errors import ConfigError
 
 def test_each_field_of_the_config_is_there_with_its_default():
     ours = {f.name: f.default for f in fields(ResetArguments)}
-    assert ours == {f"reset_{f.name}": f.default for f in fields(ResetConfig)}
+    config = {f"reset_{f.name}": f.default for f in fields(ResetConfig)}
+    assert ours == config | {"reset_loss": None, "reset_loss_options": None}
     assert all(f.metadata["help"] for f in fields(ResetArguments))
 
 
@@ -67,3 +68,16 @@ def test_help_prints(capsys):
         HfArgumentParser(ResetTrainingArguments).parse_args_into_dataclasses(["--help"])
     assert stop.value.code == 0
     assert "--reset_probability" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reset_loss": "mae"}, "`reset_loss` must be one of .*gce.*, got 'mae'"),
+        ({"reset_loss": "gce", "reset_loss_options": "q=1"}, "`reset_loss_options` must be a JSON object"),
+        ({"reset_loss_options": '{"q": 1}'}, "needs a `reset_loss` to apply to"),
+    ],
+)
+def test_a_bad_loss_is_refused_when_the_arguments_are_made(tmp_path, given, message):
+    with pytest.raises(ConfigError, match=message):
+        ResetTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)

@@ -130,6 +130,16 @@ def test_the_configuration_comes_from_arguments_callback_or_defaults(tmp_path):
         make(ResetTrainingArguments, callbacks=[callback()])
 
 
+def test_a_robust_loss_by_its_name(tmp_path):
+    """GCE with q = 1 is 1 − p_y: what is logged and what chooses anchors is that, and not the cross-entropy."""
+    trainer, _ = reset_run(tmp_path, reset_loss="gce", reset_loss_options='{"q": 1.0}', **RESET)
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    losses += [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    assert all(abs(loss - 2 / 3) < 0.1 for loss in losses)  # three classes, near chance
+    with pytest.raises(ConfigError, match="loss 'gce' takes no alpha; it takes"):
+        reset_run(tmp_path, reset_loss="gce", reset_loss_options='{"alpha": 1.0}', train=False, **RESET)
+
+
 # TRL
 
 
