@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from hf_reset.errors import AnchorError, AnchorFileError
 from hf_reset.policy import Scope
+from hf_reset.ranks import together
 from hf_reset.scopes import batch_norm_buffers, covers_all, select_parameters, unwrapped
+from hf_reset.sharded_anchor import read_shared_header, read_shares, write_shares
 from hf_reset.shards import copy_all, refuse_zeroing, settle, shards_of
 
 FORMAT = "hf_reset-anchor-1"
@@ -65,7 +67,7 @@ class AnchorStore:
         settle(self._model)
         self._parameters = select_parameters(self._model, scope)
         self.is_full = covers_all(self._model, self._parameters)
-        self._shards = shards_of(self._model, self._parameters, optimizer)
+        self._shards = shards_of(self._model, self._parameters, optimizer, full=self.is_full)
         if optimizer_state == "zero" and optimizer is not None:
             refuse_zeroing(optimizer)
         self._buffers = batch_norm_buffers(self._model) if self.is_full else []
@@ -86,6 +88,11 @@ class AnchorStore:
     def is_sharded(self) -> bool:
         """Whether this rank holds only a share of the parameters."""
         return self._shards.sharded
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether `save` and `load` are for all ranks at once, and the path is one directory for all (FSDP2)."""
+        return self._shards.distributed
 
     @property
     def nbytes(self) -> int:
@@ -159,20 +166,30 @@ class AnchorStore:
             self._exchange()
 
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
-        """Write the anchor as safetensors, whole or not at all.
+        """Write the anchor, whole or not at all: a safetensors file, of this rank's share where it is sharded.
+
+        Under FSDP2 all ranks call it with one path, which becomes a `torch.distributed.checkpoint` directory.
 
         Args:
             path: the file. It is written under a temporary name beside it, flushed to disk, and renamed.
             metadata: JSON-plain values to keep in the file's header.
+
+        Raises:
+            AnchorFileError: the disk is full or the place cannot be written.
         """
         self._refuse_swapped("save")
         header = {"scope": json.dumps(self.scope), "optimizer_state": self.optimizer_state}
-        write_anchor_file(path, self._held, header | {"metadata": json.dumps(metadata or {})})
+        header["metadata"] = json.dumps(metadata or {})
+        if self.is_distributed:
+            write_shares(Path(path), {key: self._whole(key, held) for key, held in self._held.items()}, header)
+        else:
+            write_anchor_file(path, self._held, header)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read an anchor that `save` wrote; live parameters do not change until `restore`.
 
-        Values are cast to the live parameters' device (or the storage) and dtype.
+        Under FSDP2 all ranks call it, and their number may be another than when it was written. Values are cast
+        to the live parameters' device (or the storage) and dtype.
 
         Returns:
             The metadata that was saved with it.
@@ -181,19 +198,50 @@ class AnchorStore:
             AnchorFileError: the file is missing, truncated, or belongs to another model or scope.
         """
         self._refuse_swapped("load")
+        if self.is_distributed:
+            return self._load_sharded(Path(path))
         header, tensors = read_anchor_file(path)
-        self._check_fit(path, header, tensors)
-        if self.optimizer_state != "restore":
-            tensors = {key: value for key, value in tensors.items() if not key.startswith("optimizer/")}
+        self._check_fit(path, header, {key: value.shape for key, value in tensors.items()})
         live = self._live()
         held = {}
         for key, tensor in tensors.items():
-            like = live.get(key, tensor)
-            like = like if isinstance(like, Tensor) else tensor
-            held[key] = self._room(None, torch.empty_like(like, device=self._device_of(key)))
-            held[key].copy_(tensor)
+            if self._is_wanted(key):
+                held[key] = self._room_for(key, live, tensor)
+                held[key].copy_(tensor)
         self._held = held
         return json.loads(header["metadata"])
+
+    def _load_sharded(self, path: Path) -> dict[str, Any]:
+        with together():
+            header, known = read_shared_header(path)
+            self._check_fit(path, header, {key: value.size for key, value in known.items()})
+        live = self._live()
+        held = {}
+        for key, value in known.items():
+            if self._is_wanted(key):
+                _, entry, name = _split(key)
+                share = self._shards.weights(name)["parameter"] if entry else None
+                is_share = share is not None and self._shards.whole(name, share).shape == value.size
+                size = share.shape if share is not None and is_share else value.size
+                held[key] = self._room_for(key, live, torch.empty(size, dtype=value.properties.dtype))
+        read_shares(path, {key: self._whole(key, tensor) for key, tensor in held.items()})
+        self._held = held
+        return json.loads(header["metadata"])
+
+    def _is_wanted(self, key: str) -> bool:
+        return self.optimizer_state == "restore" or not key.startswith("optimizer/")
+
+    def _room_for(self, key: str, live: dict[str, Any], tensor: Tensor) -> Tensor:
+        """Memory for a value read from a file: as the live one, where there is one, else as it was written."""
+        like = live.get(key)
+        if isinstance(like, Tensor):
+            return self._room(None, like)
+        return self._room(None, torch.empty_like(tensor, device=self._device_of(key)))
+
+    def _whole(self, key: str, share: Tensor) -> Tensor:
+        """The DTensor that a held tensor is this rank's share of."""
+        kind, entry, name = _split(key)
+        return share if kind == "buffer" else self._shards.whole(name, share, entry)
 
     def _live(self) -> dict[str, Any]:
         """Every live value that an anchor copies: tensors to write in place, and optimizer numbers."""
@@ -215,6 +263,12 @@ class AnchorStore:
         }
 
     def _pairs(self, live: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        odd = [key for key in live if not key.startswith("optimizer/") and key not in self._held]
+        if odd:
+            raise AnchorError(
+                f"The weights lie otherwise than when the anchor was taken: it has no {odd[0]!r}, and a reset would "
+                "be partly undone. Take a `snapshot()` after the first forward pass."
+            )
         return [(live[key], held) for key, held in self._held.items() if isinstance(live.get(key), Tensor)]
 
     def _restore_optimizer(self, live: dict[str, Any]) -> None:
@@ -225,7 +279,8 @@ class AnchorStore:
             live = self._live_optimizer()
         for key, held in self._held.items():
             if key.startswith("optimizer/") and not isinstance(live.get(key), Tensor):
-                _, entry, name = key.split("/", 2)
+                _, entry, name = _split(key)
+                assert entry is not None
                 value = live[key].__class__(held.item()) if key in live else self._unheld(held, name)
                 self._shards.put_optimizer_state(name, entry, value)
         fresh = {key: value for key, value in live.items() if key.startswith("optimizer/") and key not in self._held}
@@ -233,7 +288,8 @@ class AnchorStore:
         if tensors:
             torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
         for key in fresh.keys() - {k for k, v in fresh.items() if isinstance(v, Tensor)}:
-            _, entry, name = key.split("/", 2)
+            _, entry, name = _split(key)
+            assert entry is not None
             self._shards.put_optimizer_state(name, entry, type(fresh[key])(0))
 
     def _unheld(self, held: Tensor, name: str) -> Tensor:
@@ -252,11 +308,10 @@ class AnchorStore:
         return torch.empty(value.shape, dtype=value.dtype, device=device, pin_memory=pinned)
 
     def _device_of(self, key: str) -> torch.device:
-        kind, name = key.split("/", 1)
+        kind, entry, name = _split(key)
         if kind == "buffer":
             return self._model.get_buffer(name).device
-        if kind == "optimizer":
-            entry, name = name.split("/", 1)
+        if entry is not None:
             state = self._shards.optimizer_state(name).get(entry)
             if isinstance(state, Tensor):
                 return state.device
@@ -269,15 +324,21 @@ class AnchorStore:
         self._shards.settle()
         live = self._live()
         for key, held in self._held.items():
-            if not key.startswith("optimizer/"):
+            if key in live and not key.startswith("optimizer/"):
                 kept = live[key].clone()
                 live[key].copy_(held)
                 held.copy_(kept)
 
-    def _check_fit(self, path: str | os.PathLike[str], header: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    def _check_fit(
+        self, path: str | os.PathLike[str], header: dict[str, str], shapes: Mapping[str, torch.Size]
+    ) -> None:
         saved_scope = json.loads(header["scope"])
-        live = {key: value for key, value in self._live().items() if not key.startswith("optimizer/")}
-        stored = {key: value for key, value in tensors.items() if not key.startswith("optimizer/")}
+        live = {
+            key: self._whole(key, value).shape
+            for key, value in self._live().items()
+            if not key.startswith("optimizer/")
+        }
+        stored = {key: value for key, value in shapes.items() if not key.startswith("optimizer/")}
         if stored.keys() != live.keys():
             odd = sorted(stored.keys() ^ live.keys())
             what = "another scope" if saved_scope != self.scope else "another model"
@@ -287,10 +348,10 @@ class AnchorStore:
                 "model and the scope it was written with."
             )
         for key, value in stored.items():
-            if value.shape != live[key].shape:
+            if value != live[key]:
                 raise AnchorFileError(
                     f"The anchor file {str(path)!r} belongs to another model: {key!r} has shape "
-                    f"{tuple(value.shape)} in the file and {tuple(live[key].shape)} in this model."
+                    f"{tuple(value)} in the file and {tuple(live[key])} in this model."
                 )
         if self.optimizer_state == "restore" and header["optimizer_state"] != "restore":
             raise AnchorFileError(
@@ -314,6 +375,13 @@ class AnchorStore:
                 f"`{verb}` came inside `swapped()`, where the anchor's memory holds the live weights. "
                 "Leave the `with` block first."
             )
+
+
+def _split(key: str) -> tuple[str, str | None, str]:
+    """Kind, entry of the optimizer's state (None for weights and buffers), and name, of a held value."""
+    kind, rest = key.split("/", 1)
+    entry, name = rest.split("/", 1) if kind == "optimizer" else (None, rest)
+    return kind, entry, name
 
 
 def write_anchor_file(path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import logging
+import math
+import numbers
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,9 +16,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_reset.anchor import AnchorStore, read_metadata, write_anchor_file
-from hf_reset.checkpoints import anchor_file, reset_records
+from hf_reset.checkpoints import anchor_file, refuse_other_world_size, reset_records
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
+from hf_reset.ranks import from_first, gathered, together, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +83,16 @@ class StochasticResetCallback(TrainerCallback):
         self.events = []
         self.reset_state = ResetState()
         self.store = None
-        if self.config.needs_anchor:
-            self._refuse_no_evaluation(args)
-            self.store = AnchorStore(
-                kwargs["model"],
-                kwargs["optimizer"],
-                scope=self.config.scope,
-                optimizer_state=self.config.optimizer_state,
-                storage=self.config.storage,
-            )
+        with together():
+            if self.config.needs_anchor:
+                self._refuse_no_evaluation(args)
+                self.store = AnchorStore(
+                    kwargs["model"],
+                    kwargs["optimizer"],
+                    scope=self.config.scope,
+                    optimizer_state=self.config.optimizer_state,
+                    storage=self.config.storage,
+                )
         if state.global_step > 0:
             # An evaluation before the first step (`eval_on_start`) would not have been there without the stop.
             self._observed_step = state.global_step
@@ -106,6 +110,7 @@ class StochasticResetCallback(TrainerCallback):
         """Take one evaluation in; the weights just evaluated become the anchor if they are a new best."""
         if not self._is_training or metrics is None:
             return
+        self._agree_on_metric(args, metrics)
         if self._metric_key not in metrics:
             self._note_absence(metrics)
             return
@@ -143,7 +148,7 @@ class StochasticResetCallback(TrainerCallback):
         if args.save_only_model or self._saved_step == state.global_step:
             return
         directory = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        if not directory.is_dir():
+        if not all(gathered(directory.is_dir() or not self._writes(args))):
             logger.warning(
                 "The anchor was not saved: there is no %s. A hyperparameter search writes elsewhere; use ResetTrainer "
                 "there to be able to resume.",
@@ -195,9 +200,22 @@ class StochasticResetCallback(TrainerCallback):
     def save_anchor(self, directory: str | Path, args: TrainingArguments, state: TrainerState) -> None:
         """Write the anchor and what has happened so far into a checkpoint directory, whole or not at all."""
         self._saved_step = state.global_step
-        sharded = self.store is not None and self.store.is_sharded
-        if not self.events or not (sharded or args.should_save):
+        if not self.events:
             return
+        if self.store is not None and self.store.is_distributed:  # a collective, whose errors are common already
+            self._write_anchor(directory, args)
+            return
+        with together():
+            if self._writes(args):
+                self._write_anchor(directory, args)
+
+    # Steps of the above.
+
+    def _writes(self, args: TrainingArguments) -> bool:
+        """Whether this rank writes an anchor file, or its part of one."""
+        return args.should_save or (self.store is not None and self.store.is_sharded)
+
+    def _write_anchor(self, directory: str | Path, args: TrainingArguments) -> None:
         metadata = {
             "state": asdict(self.reset_state),
             "trail": _trail_digest(self.events),
@@ -211,7 +229,33 @@ class StochasticResetCallback(TrainerCallback):
         else:  # nothing is kept, but the audit trail goes on after a resume
             write_anchor_file(file, {}, {"metadata": json.dumps(metadata)})
 
-    # Steps of the above.
+    def _agree_on_metric(self, args: TrainingArguments, metrics: dict[str, Any]) -> None:
+        """Everyone decides by rank 0's value, and writes it where Trainer looks for its own best.
+
+        Results are equal on all ranks unless `compute_metrics` makes them differ; anchors that moved apart would
+        never be noticed.
+        """
+        if world_size() == 1:
+            return
+        own: Any = metrics.get(self._metric_key)
+        number = float(own) if isinstance(own, numbers.Real) or getattr(own, "ndim", None) == 0 else None
+        agreed = from_first(number, args.device)
+        if agreed == number or (
+            agreed is not None and number is not None and math.isnan(agreed) and math.isnan(number)
+        ):
+            return
+        logger.warning(
+            "`metric` %r differs between ranks: rank 0 has %s, rank %s has %s. Rank 0's value decides on all of them; "
+            "have `compute_metrics` return the same on every rank.",
+            self._metric_key,
+            agreed,
+            args.process_index,
+            own,
+        )
+        if agreed is None:
+            metrics.pop(self._metric_key, None)
+        else:
+            metrics[self._metric_key] = agreed
 
     def _move_anchor(self, state: TrainerState) -> None:
         distance = None
@@ -239,17 +283,28 @@ class StochasticResetCallback(TrainerCallback):
         self.events = trail
         if not trail:
             return  # no anchor yet, or a run that began without this callback
-        self._load_anchor(self._file_in(directory, args), args)
+        file = self._file_in(directory, args)
+        with together():
+            refuse_other_world_size(directory, args.world_size)
+            self._refuse_no_file(file)
+        if self.store is not None and self.store.is_distributed:
+            metadata = self.store.load(file)  # a collective, whose errors are common already
+        else:
+            with together():
+                metadata = read_metadata(file) if self.store is None else self.store.load(file)
+        with together():
+            self._take_up(file, metadata, args)  # pyright: ignore[reportPossiblyUnboundVariable]
 
-    def _load_anchor(self, file: Path, args: TrainingArguments) -> None:
-        if not file.is_file():
+    def _refuse_no_file(self, file: Path) -> None:
+        if not file.exists():
             raise AnchorFileError(
                 f"The run being resumed had an anchor, and there is no {str(file)!r}. If the checkpoint lies "
                 "elsewhere, name it: `StochasticResetCallback(..., resume_from_checkpoint=...)`, or use "
                 "`ResetTrainer`, which knows. If the run was killed between the checkpoint and its anchor, resume "
                 "from the one before: `hf_reset.last_whole_checkpoint(output_dir)`."
             )
-        metadata = read_metadata(file) if self.store is None else self.store.load(file)
+
+    def _take_up(self, file: Path, metadata: dict[str, Any], args: TrainingArguments) -> None:
         if metadata.get("trail") != _trail_digest(self.events):
             raise AnchorFileError(
                 f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "
@@ -262,11 +317,26 @@ class StochasticResetCallback(TrainerCallback):
                 self._seed,
                 metadata["seed"],
             )
+        before = metadata["world_size"]
+        if before != args.world_size and self._metric_key.endswith("loss"):
+            logger.warning(
+                "Resuming with %s processes a run of %s. Where a model's loss ignores `num_items_in_batch`, Trainer "
+                "scales it by their number, so that %r and its best value may not be comparable. Choose another "
+                "`metric`, such as an accuracy, or start from the weights alone.",
+                args.world_size,
+                before,
+                self._metric_key,
+            )
         self.reset_state = replace(ResetState(), **metadata["state"])
 
     def _file_in(self, directory: str | Path, args: TrainingArguments) -> Path:
-        sharded = self.store is not None and self.store.is_sharded
-        return anchor_file(directory, rank=args.process_index, world_size=args.world_size, sharded=sharded)
+        return anchor_file(
+            directory,
+            rank=args.process_index,
+            world_size=args.world_size,
+            sharded=self.store is not None and self.store.is_sharded,
+            distributed=self.store is not None and self.store.is_distributed,
+        )
 
     def _note_absence(self, metrics: dict[str, Any]) -> None:
         """One data set's results lack the metric: an error, unless another of a dict of them may have it."""

@@ -14,14 +14,40 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from hf_reset.errors import AnchorFileError
+
 _DIRECTORY = re.compile(r"checkpoint-(\d+)")
+_DISTRIBUTED = "reset_anchor"
 _SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
 
 
-def anchor_file(directory: str | Path, *, rank: int = 0, world_size: int = 1, sharded: bool = False) -> Path:
-    """The anchor's file in a checkpoint: one for all ranks, or one a rank where weights are sharded."""
+def anchor_file(
+    directory: str | Path, *, rank: int = 0, world_size: int = 1, sharded: bool = False, distributed: bool = False
+) -> Path:
+    """The anchor's place in a checkpoint: a file for all ranks, or one a rank where weights are sharded.
+
+    Where they are DTensors, which know where they belong ("distributed"), one directory for all ranks.
+    """
+    if distributed:
+        return Path(directory) / _DISTRIBUTED
     name = f"reset_anchor-rank{rank}-of-{world_size}" if sharded else "reset_anchor"
     return Path(directory) / f"{name}.safetensors"
+
+
+def refuse_other_world_size(directory: str | Path, world_size: int) -> None:
+    """Flat shares of the ranks of one world size (DeepSpeed ZeRO) cannot be dealt out to another.
+
+    Raises:
+        AnchorFileError: the checkpoint has anchors of another number of processes, and none of this.
+    """
+    found = {int(match.group(1)): file for file in Path(directory).glob("*") if (match := _SHARD.fullmatch(file.name))}
+    if found and world_size not in found:
+        size, file = next(iter(found.items()))
+        raise AnchorFileError(
+            f"The anchor {str(file)!r} is one of {size} shares, written by {size} processes, and this run has "
+            f"{world_size}. DeepSpeed's shares cannot be dealt out anew: resume with {size} processes, or start a new "
+            "run from the checkpoint's weights."
+        )
 
 
 def reset_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,6 +84,8 @@ def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
 
 
 def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
+    if (directory / _DISTRIBUTED).is_dir():
+        return _is_whole_distributed(directory / _DISTRIBUTED)
     files = list(directory.glob("reset_anchor*.safetensors"))
     if not files:
         # A model-only checkpoint has no anchor by intent, and no optimizer either: it is no resume point.
@@ -66,6 +94,15 @@ def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
     if shards and len(shards) != int(shards[0].group(1)):
         return False
     return all(_opens(file) for file in files)
+
+
+def _is_whole_distributed(directory: Path) -> bool:
+    from hf_reset.sharded_anchor import missing_share  # torch, which a look at other checkpoints does without
+
+    try:
+        return missing_share(directory) is None
+    except AnchorFileError:
+        return False
 
 
 def _opens(file: Path) -> bool:

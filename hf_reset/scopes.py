@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -77,10 +78,14 @@ def batch_norm_buffers(model: nn.Module) -> list[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel and `torch.compile`."""
+    """The model inside DDP, DataParallel, DeepSpeed's engine and `torch.compile`."""
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
+        inner: Any = getattr(model, "module", None)
+        engine = type(model).__module__.startswith("deepspeed.") and isinstance(
+            getattr(model, "module", None), nn.Module
+        )
+        if engine or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = inner
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]
         else:

@@ -12,8 +12,9 @@ from transformers import Trainer
 
 from hf_reset.arguments import ResetArguments
 from hf_reset.callback import StochasticResetCallback
-from hf_reset.checkpoints import last_whole_checkpoint
+from hf_reset.checkpoints import last_whole_checkpoint, refuse_other_world_size
 from hf_reset.errors import AnchorFileError, ConfigError
+from hf_reset.ranks import gathered, together
 
 
 class ResetTrainerMixin:
@@ -61,14 +62,19 @@ class ResetTrainerMixin:
         """As `Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`."""
         if self.reset_callback is None:
             self.add_callback(StochasticResetCallback())  # pyright: ignore[reportAttributeAccessIssue]
+        own: Any = self.args  # pyright: ignore[reportAttributeAccessIssue]
         if resume_from_checkpoint is True:
-            own: Any = self.args  # pyright: ignore[reportAttributeAccessIssue]
-            resume_from_checkpoint = last_whole_checkpoint(own.output_dir, world_size=own.world_size)
+            found = gathered(last_whole_checkpoint(own.output_dir, world_size=own.world_size))
+            # Disks of several machines may hold different ones: the oldest is whole wherever it still is.
+            resume_from_checkpoint = None if None in found else min(found, key=lambda path: int(path.split("-")[-1]))
             if resume_from_checkpoint is None:
                 raise AnchorFileError(
                     f"`resume_from_checkpoint=True`, and there is no whole checkpoint in `output_dir` "
                     f"{own.output_dir!r}. Name a checkpoint directory, or start without it."
                 )
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            with together():  # before DeepSpeed meets its own shares of another world size
+                refuse_other_world_size(resume_from_checkpoint, own.world_size)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # pyright: ignore
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
