@@ -126,6 +126,13 @@ def test_adapters_leaves_out_what_was_unfrozen_by_hand():
     assert not any("norm" in name for name in names(model, "adapters"))
 
 
+def test_a_trained_bias_of_the_base_is_adapter_and_one_of_modules_to_save_is_head():
+    model = peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"], bias="all", task_type="SEQ_CLS"))
+    adapters = names(model, "adapters")
+    assert "base_model.model.bert.pooler.dense.bias" in adapters
+    assert not any("modules_to_save" in name for name in adapters)
+
+
 def test_only_the_active_adapter_is_selected():
     model = lora(llama())
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
