@@ -44,6 +44,20 @@ def test_each_record_is_on_disk_at_once(tmp_path):
     assert not list(tmp_path.glob(".*tmp")), "the temporary file was renamed"
 
 
+def test_curves_take_one_line_and_read_back_unchanged(tmp_path):
+    results = results_in(tmp_path)
+    hard = {
+        "text": "[\\n 1,\\n 2\\n]",
+        "nested": [[1, 2], [3, 4]],
+        "strings": ["a, b", "[c]"],
+        "empty": [],
+        "none": [[]],
+    }
+    results.add(record("plain", 0, **hard))
+    assert read_results(tmp_path)["records"][0] == plain(record("plain", 0, **hard))
+    assert '"nested": [[1, 2], [3, 4]]' in (tmp_path / "results.json").read_text()
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_atomic(tmp_path / "file", "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

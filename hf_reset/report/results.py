@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,7 @@ class Results:
     def save(self) -> None:
         """Write the file, atomically; on a process that does not write, nothing."""
         if self._write:
-            write_atomic(self.path, json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+            write_atomic(self.path, _readable(self.as_dict()) + "\n")
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
@@ -251,6 +252,15 @@ def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
 def series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     """One curve of a run: ``[[step, value], …]`` for every entry of the log history that has ``key``."""
     return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
+
+
+def _readable(content: Any) -> str:
+    """Indented JSON in which a list of numbers, or of pairs of them, takes one line."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    for inner in (r"[^\[\]{}\n]+", r"\[[^\[\]{}\n]*\]"):  # JSON strings hold no raw line breaks
+        pattern = rf"\[\n\s*({inner}(?:,\n\s*{inner})*)\n\s*\]"
+        text = re.sub(pattern, lambda found: "[" + re.sub(r",\n\s*", ", ", found[1]) + "]", text)
+    return text
 
 
 def _refuse_other_configuration(
