@@ -187,8 +187,10 @@ def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[Trainer
         return []
     from datasets import disable_progress_bars
     from transformers import TrainerCallback
+    from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bars()
+    disable_progress_bar()
     training_arguments.disable_tqdm = True
 
     class EvaluationLines(TrainerCallback):
