@@ -69,9 +69,7 @@ def test_values_and_gradients_equal_the_formulas_of_the_papers():
 @pytest.mark.parametrize("q", [0.0, 1e-9])
 def test_gce_tends_to_cross_entropy(q):
     logits, labels = batch()
-    torch.testing.assert_close(
-        generalized_cross_entropy(logits, labels, q=q), F.cross_entropy(logits, labels)
-    )
+    torch.testing.assert_close(generalized_cross_entropy(logits, labels, q=q), F.cross_entropy(logits, labels))
 
 
 def test_gce_at_q_1_is_half_the_mean_absolute_error():
@@ -153,9 +151,7 @@ def test_tokens_are_shifted_once(loss):
     logits, labels = logits.view(3, 4, -1), labels.view(3, 4)
     expected = loss(logits[:, :-1].reshape(9, -1), labels[:, 1:].reshape(9))
     torch.testing.assert_close(loss(logits, labels), expected)
-    torch.testing.assert_close(
-        loss(logits, labels, shift=False), loss(logits.reshape(12, -1), labels.reshape(12))
-    )
+    torch.testing.assert_close(loss(logits, labels, shift=False), loss(logits.reshape(12, -1), labels.reshape(12)))
 
 
 @every_loss
@@ -200,9 +196,7 @@ def test_holds_no_second_tensor_of_logits_size(loss, monkeypatch):
 def tiny_llama():
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
 
 
@@ -224,9 +218,7 @@ def test_shifts_labels_looks_through_peft_and_knows_classifiers():
     from transformers import BertConfig, BertForTokenClassification
 
     assert shifts_labels(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))
-    bert = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    bert = BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     assert not shifts_labels(BertForTokenClassification(bert))
 
 

@@ -234,8 +234,12 @@ def test_a_study_is_taken_up_where_it_was_cut_off(folder, tmp_path, capsys):
         ({"full_finetuning": True, "reset_scope": "head"}, ScopeError, r"tied"),
         ({"load_in_4bit": True}, ConfigError, r"`load_in_4bit` is True, and there is no CUDA device here"),
         ({"loss": "typo"}, ConfigError, r"`loss` must be one of cross_entropy, "),
-        ({"loss": "gce", "loss_options": "q=1"}, ConfigError, r"`loss_options` 'q=1' must be a JSON object"),
-        ({"loss": "gce", "loss_options": '{"q": 3}'}, ConfigError, r"`q` must be in \[0, 1\]"),
+        (
+            {"loss": "gce", "loss_options": "q=1"},
+            ConfigError,
+            r"`reset_loss_options` must be a JSON object such as .*, got 'q=1'",
+        ),
+        ({"reset_loss": "gce", "reset_loss_options": '{"q": 3}'}, ConfigError, r"`q` must be in \[0, 1\]"),
         ({"lora_target_modules": "nothing"}, ConfigError, r"`lora_\*` options refused by peft: .*nothing"),
         ({"model_name_or_path": "absent/model"}, ConfigError, r"'absent/model' cannot be loaded"),
         ({"tokenizer_name": "absent/model"}, ConfigError, r"`tokenizer_name` 'absent/model' cannot be loaded"),
@@ -299,7 +303,7 @@ def test_rows_left_out_and_cut_are_in_the_report(folder, tmp_path):
 def test_configs_parse_and_explain_themselves(path):
     from hf_reset.recipe import parse_recipe
 
-    argv = [f"--config={path}"]
+    argv = [f"--config={path}", "--use_cpu=true"]
     parsed, training, _ = parse_recipe([recipe.InstructionTuningArguments, recipe.arguments_class(argv)], argv)
     assert training.reset_config().can_reset
     assert parsed.noise_rate == yaml.safe_load(path.read_text()).get("noise_rate", 0.0)

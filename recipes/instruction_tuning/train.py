@@ -90,10 +90,8 @@ class InstructionTuningArguments:
     use_rslora: bool = _option(False, "Rank-stabilised scaling, alpha / sqrt(rank).")
     # training
     trainer: Literal["plain", "sft"] = _option("plain", "transformers' Trainer, or TRL's SFTTrainer (packing).")
-    loss: str = _option(
-        "cross_entropy", "A loss of hf_reset.losses, such as gce or sce; cross_entropy: the model's own."
-    )
-    loss_options: str | None = _option(None, 'Its options as JSON, such as {"q": 0.5}.')
+    loss: str | None = _option(None, "The same as reset_loss: gce, sce or another of hf_reset.losses.")
+    loss_options: str | None = _option(None, 'The same as reset_loss_options, as JSON: {"q": 0.5}.')
     # study
     compare: bool = _option(False, "Run a plain and a reset arm from the same seeds.")
     seeds: list[int] = field(
@@ -196,6 +194,8 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
     Raises:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
+    import torch
+
     from hf_reset.errors import ConfigError
 
     if training.load_best_model_at_end:
@@ -203,11 +203,11 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
             "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
             "it False; the best evaluated weights are kept in memory."
         )
-    loss_of(options)
+    if options.loss is not None:
+        training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
+    training.loss_func(torch.nn.Identity())  # what it refuses is to be refused before anything is trained
     if not options.load_in_4bit:
         return
-    import torch
-
     if not torch.cuda.is_available():
         raise ConfigError(
             "`load_in_4bit` is True, and there is no CUDA device here, without which bitsandbytes holds no weights in "
@@ -218,28 +218,6 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
             "`load_in_4bit` is for adapters on a model named with --model_name_or_path: 4-bit weights cannot be "
             "trained themselves. Leave it False."
         )
-
-
-def loss_of(options: InstructionTuningArguments) -> Callable[..., Any] | None:
-    """The loss that was asked for as Trainer takes it; None for the model's own.
-
-    Raises:
-        ConfigError: an unknown loss or option of it.
-    """
-    import json
-
-    from hf_reset.errors import ConfigError
-    from hf_reset.losses import compute_loss_func
-
-    if options.loss == "cross_entropy" and options.loss_options is None:
-        return None
-    try:
-        chosen = {} if options.loss_options is None else dict(json.loads(options.loss_options))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f'`loss_options` {options.loss_options!r} must be a JSON object such as {{"q": 0.5}}: {error}.'
-        ) from error
-    return compute_loss_func(options.loss, shift=True, **chosen)
 
 
 def base_model(
@@ -403,9 +381,6 @@ def build_trainer(
         trainer: Any = ResetSFTTrainer(**given)
     else:
         trainer = ResetTrainer(**given, data_collator=DataCollatorForSeq2Seq(tokenizer))
-    loss = loss_of(options)
-    if loss is not None:
-        trainer.compute_loss_func = loss
     return trainer
 
 
@@ -575,7 +550,7 @@ def write_report(options: InstructionTuningArguments, results: Results) -> None:
         Column("test_loss_last", "clean test loss, last step"),
         Column("test_loss_best", "clean test loss, best validation"),
         Column("test_token_accuracy_last", "token accuracy, last step"),
-        Column("response_memory_last", "memory of wrong responses"),
+        Column("response_memory_last", "memory of wrong responses", digits=4),
         Column("rouge_l_last", "ROUGE-L, last step"),
     ]
     if any(record.get("exact_match_last") is not None for record in results.records):
