@@ -89,7 +89,7 @@ class TextClassificationArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Seeds of data order, noise, model and training."}
     )
-    memory_samples: int = _option(512, "Mislabelled training rows on which memory is followed during the run.")
+    memory_samples: int = _option(256, "Mislabelled training rows on which memory is followed during the run.")
     save_model: bool = _option(True, "Keep each run's final model in OUTPUT_DIR/ARM-seedN/model.")
 
 
@@ -274,6 +274,7 @@ def train_and_measure(
     splits = {name: tokenize(getattr(data, name), tokenizer, options) for name in ("train", "validation", "test")}
     best_file = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
     best = BestWeightsCallback(args.reset_config(), path=best_file)
+    watch = memory_callbacks(splits["train"], args, options.memory_samples) if len(data.mislabelled) else []
     trainer = ResetTrainer(
         model=model,
         args=args,
@@ -282,10 +283,9 @@ def train_and_measure(
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=validation_metrics(data),
-        callbacks=[best, *callbacks],
+        callbacks=[best, *watch, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # where there is no terminal: raw dicts, beside our own lines
-    follow_memory(trainer, data, splits["train"], options.memory_samples)
     reset_peak_memory(args.device)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_point(training, args))
@@ -301,12 +301,23 @@ def train_and_measure(
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: TextClassificationArguments) -> Dataset:
-    """Token columns beside ``label``."""
+    """Token columns in place of the texts; the Trainer leaves out those that the model does not take."""
     from datasets import Dataset
 
     pairs = list(rows["text_pair"]) if "text_pair" in rows.column_names else None
     tokens = tokenizer(list(rows["text"]), pairs, truncation=True, max_length=options.max_seq_length)
-    return Dataset.from_dict({**tokens, "label": list(rows["label"])})
+    labels = {name: list(rows[name]) for name in ("label", "clean_label", "is_mislabelled")}
+    return Dataset.from_dict({**tokens, **labels})
+
+
+def memory_callbacks(train: Dataset, args: ResetTrainingArguments, samples: int) -> list[Any]:
+    """Follow label memory as often as validation is evaluated, on a fixed sample."""
+    from hf_reset.diagnostics.callbacks import LabelMemoryCallback
+
+    if samples < 1:
+        return []
+    every = int(args.eval_steps or 0) if args.eval_strategy == "steps" else 0
+    return [LabelMemoryCallback(train, every=every or 50, sample=samples, batch_size=args.per_device_eval_batch_size)]
 
 
 def validation_metrics(data: ClassificationData) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -334,35 +345,6 @@ def predicted_classes(predictions: Any) -> np.ndarray:
 
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return np.asarray(logits).argmax(axis=-1)
-
-
-def follow_memory(trainer: ResetTrainer, data: ClassificationData, tokens: Dataset, samples: int) -> None:
-    """At each evaluation, log what the live weights say of a fixed sample of the mislabelled training rows."""
-    import torch
-    from transformers import TrainerCallback
-
-    from hf_reset.metrics import label_memory
-
-    if not len(data.mislabelled) or samples < 1:
-        return
-    rows = data.mislabelled[:samples]  # rows are in random order already
-    given, clean = (list(data.train.select(rows)[name]) for name in ("label", "clean_label"))
-    columns = [name for name in tokens.column_names if name != "label"]
-    encoded = [
-        dict(zip(columns, row, strict=True)) for row in zip(*(tokens.select(rows)[c] for c in columns), strict=True)
-    ]
-    size = trainer.args.per_device_eval_batch_size
-    batches = [trainer.data_collator(encoded[start : start + size]) for start in range(0, len(encoded), size)]
-
-    class FollowMemory(TrainerCallback):
-        @torch.no_grad()
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            model = kwargs["model"].eval()  # the Trainer calls train() before each step
-            logits = [model(**{k: v.to(args.device) for k, v in batch.items()}).logits for batch in batches]
-            shares = label_memory(predicted_classes(torch.cat(logits).float().cpu()), given, clean)
-            state.log_history.append({**shares, "step": state.global_step, "epoch": state.epoch})
-
-    trainer.add_callback(FollowMemory())
 
 
 def measure(
