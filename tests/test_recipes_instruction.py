@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -310,6 +312,21 @@ def test_configs_parse_and_explain_themselves(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("What:", "Launch:", "Override:", "Takes:", "Expect:"):
         assert any(word in line for line in header)
+
+
+def test_every_command_of_the_readme_parses():
+    from hf_reset.recipe import parse_recipe
+
+    blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "README.md").read_text(), flags=re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if "train.py" in line]
+    assert commands
+    for command in commands:
+        launcher, _, given = command.partition("recipes/instruction_tuning/train.py ")
+        assert launcher == "accelerate launch "
+        argv = [*shlex.split(given), "--use_cpu=true"]
+        config = argv[argv.index("--config") + 1]
+        argv[argv.index("--config") + 1] = str(FOLDER.parents[1] / config)
+        parse_recipe([recipe.InstructionTuningArguments, recipe.arguments_class(argv)], argv)
 
 
 def test_help_is_fast_and_names_every_option():
