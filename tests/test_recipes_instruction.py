@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -217,6 +218,18 @@ def test_a_study_is_taken_up_where_it_was_cut_off(folder, tmp_path, capsys):
     recipe.run(options(folder, tmp_path, compare=True, seeds=[0, 1], resume_from_checkpoint="last"))
     assert [record["seed"] for record in read_results(tmp_path)["records"]] == [0, 0, 1, 1]
     assert "plain, seed 0: recorded already, skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trainer", ["plain", "sft"])
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(folder, tmp_path, trainer):
+    more = {"save_strategy": "steps", "save_steps": 2, "trainer": trainer, "bf16": False}
+    whole = recipe.run(options(folder, tmp_path, **more))["records"][0]
+    (tmp_path / "results.json").unlink()
+    shutil.rmtree(tmp_path / "reset-seed0" / "checkpoint-6")
+    resumed = recipe.run(options(folder, tmp_path, **more, resume_from_checkpoint="last"))["records"][0]
+    for changing in ("train_seconds", "peak_memory_bytes"):
+        del whole[changing], resumed[changing]
+    assert resumed == whole
 
 
 @pytest.mark.parametrize(
