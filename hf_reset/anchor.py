@@ -23,6 +23,7 @@ from hf_reset.sharded_anchor import read_shared_header, read_shares, write_share
 from hf_reset.shards import copy_all, refuse_zeroing, settle, shards_of
 
 FORMAT = "hf_reset-anchor-1"
+_PASSING = ("optimizer/", "gathered/")  # what may not be there at a given moment
 _CHUNK = 1 << 22  # elements compared at a time, so that a distance costs megabytes and not a second model
 
 
@@ -124,7 +125,7 @@ class AnchorStore:
         """
         self._refuse_swapped("restore")
         self._require_set("restore")
-        self._shards.settle()
+        self._shards.settle({_split(key)[2] for key in self._held if key.startswith("gathered/")})
         live = self._live()
         copy_all(self._pairs(live), non_blocking=True)
         self._restore_optimizer(live)
@@ -263,12 +264,6 @@ class AnchorStore:
         }
 
     def _pairs(self, live: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        odd = [key for key in live if not key.startswith("optimizer/") and key not in self._held]
-        if odd:
-            raise AnchorError(
-                f"The weights lie otherwise than when the anchor was taken: it has no {odd[0]!r}, and a reset would "
-                "be partly undone. Take a `snapshot()` after the first forward pass."
-            )
         return [(live[key], held) for key, held in self._held.items() if isinstance(live.get(key), Tensor)]
 
     def _restore_optimizer(self, live: dict[str, Any]) -> None:
@@ -334,11 +329,9 @@ class AnchorStore:
     ) -> None:
         saved_scope = json.loads(header["scope"])
         live = {
-            key: self._whole(key, value).shape
-            for key, value in self._live().items()
-            if not key.startswith("optimizer/")
+            key: self._whole(key, value).shape for key, value in self._live().items() if not key.startswith(_PASSING)
         }
-        stored = {key: value for key, value in shapes.items() if not key.startswith("optimizer/")}
+        stored = {key: value for key, value in shapes.items() if not key.startswith(_PASSING)}
         if stored.keys() != live.keys():
             odd = sorted(stored.keys() ^ live.keys())
             what = "another scope" if saved_scope != self.scope else "another model"

@@ -6,7 +6,7 @@ copy of these views and a reset is one copy back; neither ever communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,10 +69,11 @@ class Shards:
         spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
         return DTensor(share, spec, requires_grad=False)  # not `from_local`: it would move a CPU anchor to the device
 
-    def settle(self) -> None:
+    def settle(self, kept: Collection[str] = ()) -> None:
         """Before a write: give up gathered copies, which would otherwise hide it from the next forward.
 
-        FSDP keeps the root's weights gathered after an evaluation, and unsharding is then a no-op.
+        `kept` names parameters whose gathered copy will be written too. FSDP keeps the root's weights gathered
+        after an evaluation, and unsharding is then a no-op.
         """
         for module in self._fsdp:
             module.reshard()
@@ -154,10 +155,10 @@ class Zero3Shards(Zero12Shards):
             parts["gathered"] = parameter.data
         return parts
 
-    def settle(self) -> None:
-        """Give up copies that an evaluation has left gathered, which would hide a reset from the next forward."""
-        for parameter in self._parameters.values():
-            if _is_gathered(parameter) and not parameter.ds_persist:  # pyright: ignore[reportAttributeAccessIssue]
+    def settle(self, kept: Collection[str] = ()) -> None:
+        """Give up gathered copies that will not be written: an evaluation may have left some."""
+        for name, parameter in self._parameters.items():
+            if _is_gathered(parameter) and name not in kept:
                 parameter.partition()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _partition(self, name: str) -> Tensor:

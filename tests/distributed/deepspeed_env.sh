@@ -15,9 +15,10 @@ sites=$("$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if [[ ! -f $folder/built || $(<"$folder/built") != "$sites" ]]; then
     rm -rf "$folder"
     "$base" -m venv --without-pip "$folder" >&2
-    # Everything in the main environment is seen, and nothing in it is changed.
+    # Everything in the main environment is seen, editable installs too, and nothing in it is changed.
     "$python" -c 'import sys, sysconfig, pathlib
-pathlib.Path(sysconfig.get_path("purelib"), "main.pth").write_text(sys.argv[1] + "\n")' "$sites"
+line = f"import site; site.addsitedir({sys.argv[1]!r})\n"
+pathlib.Path(sysconfig.get_path("purelib"), "main.pth").write_text(line)' "$sites"
     DS_BUILD_OPS=0 "$python" -m pip install --quiet --no-build-isolation --no-deps \
         setuptools wheel py-cpuinfo hjson msgpack ninja >&2
     DS_BUILD_OPS=0 "$python" -m pip install --quiet --no-build-isolation "deepspeed==0.19.8" >&2
