@@ -47,6 +47,12 @@ def read_shared_header(directory: Path) -> tuple[dict[str, str], dict[str, Tenso
         AnchorFileError: the directory or a share in it is missing or cut short.
     """
     metadata = _metadata(directory)
+    lost = missing_share(directory)
+    if lost is not None:
+        raise AnchorFileError(
+            f"The anchor file {str(lost)!r} is missing or cut short. Bring it back, or resume from an earlier, whole "
+            "checkpoint."
+        )
     known = {
         key: value for key, value in metadata.state_dict_metadata.items() if isinstance(value, TensorStorageMetadata)
     }
@@ -55,7 +61,7 @@ def read_shared_header(directory: Path) -> tuple[dict[str, str], dict[str, Tenso
             f"{str(directory)!r} is not an anchor written by hf_reset. Name the `reset_anchor` of a checkpoint."
         )
     encoded = torch.empty(known.pop(_HEADER).size, dtype=torch.uint8)
-    load({_HEADER: encoded}, checkpoint_id=directory, no_dist=True)
+    _do(directory, "read", lambda: load({_HEADER: encoded}, checkpoint_id=directory, no_dist=True))
     return json.loads(bytes(encoded.tolist())), known
 
 
