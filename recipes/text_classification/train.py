@@ -74,9 +74,9 @@ class TextClassificationArguments:
     noise_matrix: str | None = _option(None, "For kind matrix: T[i][j] = P(noisy j | clean i), as JSON.")
     # model
     model_name_or_path: str | None = _option(
-        None, "Model on the hub or local directory. Default: a small BERT, untrained."
+        None, "Model on the hub or local directory. Default: a small ModernBERT, untrained."
     )
-    hidden_size: int = _option(128, "Width of the small BERT.")
+    hidden_size: int = _option(128, "Width of the small ModernBERT.")
     num_hidden_layers: int = _option(2, "Its layers.")
     vocab_size: int = _option(4000, "Tokens of the tokenizer trained on the training texts for it.")
     freeze_embeddings: bool = _option(False, "Leave the word embeddings as they are.")
@@ -210,8 +210,8 @@ def build_tokenizer(options: TextClassificationArguments, texts: list[str]) -> P
 def build_model(
     options: TextClassificationArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> PreTrainedModel:
-    """The classifier: pretrained, or a small BERT; with adapters if asked for."""
-    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+    """The classifier: pretrained, or a small ModernBERT from its config; with adapters if asked for."""
+    from transformers import AutoModelForSequenceClassification, ModernBertConfig, ModernBertForSequenceClassification
 
     from hf_reset.recipe import load_pretrained
 
@@ -222,17 +222,27 @@ def build_model(
         model = load_pretrained(load, options.model_name_or_path, **labels)
         model.config.pad_token_id = tokenizer.pad_token_id
     else:
-        config = BertConfig(
+        # Averaging over tokens: from the first token alone, a few thousand texts teach little before they are
+        # memorised.
+        config = ModernBertConfig(
             vocab_size=len(tokenizer),
             hidden_size=options.hidden_size,
             num_hidden_layers=options.num_hidden_layers,
             num_attention_heads=max(1, options.hidden_size // 64),
-            intermediate_size=4 * options.hidden_size,
+            intermediate_size=2 * options.hidden_size,
             max_position_embeddings=options.max_seq_length,
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
+            layer_types=["full_attention"] * options.num_hidden_layers,
+            classifier_pooling="mean",
+            embedding_dropout=0.1,
+            mlp_dropout=0.1,
+            classifier_dropout=0.1,
+            **{
+                f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+                for name in ("pad", "cls", "sep", "bos", "eos")
+            },
             **labels,
         )
-        model = BertForSequenceClassification(config)
+        model = ModernBertForSequenceClassification(config)
     if options.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     if options.lora_rank > 0:
