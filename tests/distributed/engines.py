@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
 from tiny import TRAIN, VALIDATION, arguments, bert
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from worker import FSDP, Weights, fresh_state, fsdp_on_cpu, run_checks, whole
 
@@ -15,14 +18,16 @@ from hf_reset import ResetTrainer, ResetTrainingArguments
 
 MODES = {"ddp": {}, "fsdp": FSDP}
 RESETS = {"reset_probability": 0.5, "reset_patience": 0}
-# Without this, Trainer scales a loss that ignores `num_items_in_batch` by the number of processes.
-GLOBAL_BATCH = {"average_tokens_across_devices": False, "learning_rate": 1e-3}
+# Without the first, Trainer scales a loss that ignores `num_items_in_batch` by the number of processes. Without the
+# second, Adam makes a full step of what should be no gradient at all (that of the keys' biases) and is rounding.
+GLOBAL_BATCH = {"average_tokens_across_devices": False, "adam_epsilon": 1e-3}
 
 
 def trainer_for(folder, mode, *, dropout=0.1, callbacks=(), cls=ResetTrainer, metrics=None, **more):
     fresh_state()
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     batch = {"per_device_train_batch_size": 8 // world, "per_device_eval_batch_size": 32 // world}
+    batch["use_cpu"] = "ON_GPU" not in os.environ
     return cls(
         bert(dropout=dropout),
         arguments(folder, ResetTrainingArguments, **{**batch, **MODES[mode], **RESETS, **more}),
@@ -34,9 +39,9 @@ def trainer_for(folder, mode, *, dropout=0.1, callbacks=(), cls=ResetTrainer, me
 
 
 def layout(trainer) -> str:
-    """Which engine is at work, so that no test passes by running another."""
-    kinds = {type(p.data).__name__ for p in trainer.model.parameters()}
-    return f"{trainer.accelerator.distributed_type.value}:{'/'.join(sorted(kinds))}"
+    """How the weights lie, so that no test passes by running another engine."""
+    wrapped = type(trainer.model_wrapped).__name__
+    return "FSDP2" if any(isinstance(p, DTensor) for p in trainer.model.parameters()) else wrapped
 
 
 def trail(trainer):
@@ -58,24 +63,21 @@ def trajectory(mode, folder: Path):
     }
 
 
-def resume(mode, scope, folder: Path):
-    """A run, and the same run taken up at each of its checkpoints, with dropout."""
+def resume(mode, scope, at, folder: Path):
+    """A run, and the same run taken up at its checkpoints, with dropout."""
     settings = {"save_strategy": "steps", "save_steps": 3, "reset_scope": scope}
     whole_run = trainer_for(folder, mode, **settings)
     whole_run.train()
     ends = {}
-    for step in (3, 6, 9, 12):
+    for step in at:
         again = trainer_for(folder, mode, **settings | {"save_strategy": "no"})
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         ends[step] = (whole(again.model), trail(again))
-    newest = trainer_for(folder, mode, **settings | {"save_strategy": "no"})
-    newest.train(resume_from_checkpoint=True)
     other = trainer_for(folder / "other", mode, **settings | {"save_strategy": "no", "reset_seed": 8})
     other.train()
     return {
         "end": (whole(whole_run.model), trail(whole_run)),
         "resumed": ends,
-        "newest": (whole(newest.model), trail(newest)),
         "other": whole(other.model),
     }
 
@@ -146,25 +148,66 @@ def collectives(mode, folder: Path):
             reset_probability=probability,
             reset_optimizer_state=state,
             max_grad_norm=1.0,
+            max_steps=11,
         )
         trainer.train()
         found[name] = (counted.steps, trail(trainer))
     return found
 
 
+def anchored(trainer):
+    """The whole of what the anchor holds, weights and moments."""
+    store = trainer.reset_callback.store
+    held = {key: store._whole(key, value) for key, value in store._held.items()}
+    return {key: value.full_tensor() if isinstance(value, DTensor) else value.clone() for key, value in held.items()}
+
+
+def saved(mode, folder: Path):
+    """Checkpoints for another number of processes to take up."""
+    trainer = trainer_for(folder, mode, save_strategy="steps", save_steps=3, max_steps=6)
+    trainer.train()
+    return {"layout": layout(trainer), "anchor": anchored(trainer), "trail": trail(trainer)}
+
+
+class Taken(TrainerCallback):
+    """The anchor when the first step of a resumed run begins."""
+
+    def __init__(self):
+        self.anchor = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.anchor is None:
+            self.anchor = anchored(self.trainer)
+
+
+def taken_up(mode, folder: Path):
+    """Go on from a checkpoint of four processes."""
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hf_reset.callback").addHandler(handler)
+    taken = Taken()
+    taken.trainer = trainer = trainer_for(folder, mode, max_steps=9, callbacks=[taken])
+    trainer.train(resume_from_checkpoint=str(Path(os.environ["OF_FOUR"]) / f"{mode}-saved" / "checkpoint-6"))
+    logging.getLogger("hf_reset.callback").removeHandler(handler)
+    return {"anchor": taken.anchor, "trail": trail(trainer), "said": said, "end": whole(trainer.model)}
+
+
 def checks():
     each = {}
     for mode in MODES:
         each[f"{mode}-trajectory"] = partial(trajectory, mode)
-        each[f"{mode}-resume-all"] = partial(resume, mode, "all")
-        each[f"{mode}-resume-head"] = partial(resume, mode, "head")
+        each[f"{mode}-resume-all"] = partial(resume, mode, "all", (3, 6, 9, 12))
+        each[f"{mode}-resume-head"] = partial(resume, mode, "head", (6, 12))
         each[f"{mode}-held"] = partial(held, mode)
         each[f"{mode}-swapped"] = partial(swapped, mode)
         each[f"{mode}-collectives"] = partial(collectives, mode)
+        each[f"{mode}-saved"] = partial(saved, mode)
+        each[f"{mode}-taken-up"] = partial(taken_up, mode)
     return each
 
 
 if __name__ == "__main__":
-    fsdp_on_cpu()
+    if "ON_GPU" not in os.environ:
+        fsdp_on_cpu()
     torch.set_num_threads(1)
     run_checks(checks())

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engines import trainer_for, trail
+from engines import trail, trainer_for
 from worker import RANK, fsdp_on_cpu, run_checks, whole
 
 from hf_reset import StochasticResetCallback
@@ -57,7 +57,12 @@ def differing_metric(folder: Path):
 
     trainer = trainer_for(folder, "ddp", metrics=metrics, reset_metric="score", metric_for_best_model="score")
     trainer.train()
-    return {"said": heard.stop(), "trail": trail(trainer), "best": trainer.state.best_metric, "end": whole(trainer.model)}
+    return {
+        "said": heard.stop(),
+        "trail": trail(trainer),
+        "best": trainer.state.best_metric,
+        "end": whole(trainer.model),
+    }
 
 
 def absent_on_first(folder: Path):
@@ -126,7 +131,9 @@ def full_disk(mode, folder: Path):
     again.train(resume_from_checkpoint=True)
     straight = trainer_for(folder, mode, **SAVING)
     straight.train()
-    same = all(torch.equal(p, q) for p, q in zip(whole(again.model).values(), whole(straight.model).values(), strict=True))
+    same = all(
+        torch.equal(p, q) for p, q in zip(whole(again.model).values(), whole(straight.model).values(), strict=True)
+    )
     torch.distributed.barrier()
     if RANK == 0:
         shutil.rmtree(disk)

@@ -145,7 +145,7 @@ def trainer_for(folder: Path, name: str, **more):
         "reset_probability": 0.5,
         "reset_patience": 0,
         "max_grad_norm": 0.0,
-        "max_steps": 9,
+        "max_steps": 11,
         **more,
     }
     model = bert(dropout=0.0)
@@ -168,7 +168,7 @@ def resume(name: str, folder: Path):
     whole_run.train()
     found = {"layout": whole_run.accelerator.distributed_type.value, "trail": trail(whole_run)}
     found |= {"after_step": watch.after_step, "losses": watch.losses, "resumed": {}}
-    for step in (3, 6):
+    for step in (3, 9):
         again, watch = trainer_for(folder, name)
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         found["resumed"][step] = (watch.after_step, trail(again))
