@@ -4,6 +4,8 @@ import csv
 import importlib.util
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -254,3 +256,13 @@ def test_help_is_quick_and_needs_no_torch():
     assert time.perf_counter() - start < 10, "about one second on an idle machine"
     for name in ("--noise_rate", "--text_pair_column", "--clean_label_column", "--seeds", "--compare", "--config"):
         assert name in done.stdout
+
+
+def test_the_commands_in_the_readme_parse(tmp_path):
+    blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        launcher, script, *words = shlex.split(block.replace("accelerate launch", "launch"))
+        assert (launcher, script) == ("launch", "recipes/text_classification/train.py")
+        words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
+        parse_recipe([recipe.TextClassificationArguments, ResetTrainingArguments], words)
