@@ -14,7 +14,7 @@ RESETS = {"reset_probability": 0.3, "reset_finish": "last", "learning_rate": 2e-
 @pytest.mark.parametrize("scope", ["all", "head"])
 @pytest.mark.parametrize("storage", ["cpu", "device"])
 def test_all_weights_of_the_best_evaluation_whatever_the_scope(tmp_path, scope, storage):
-    best = BestWeightsCallback(ResetConfig(), storage=storage)
+    best = BestWeightsCallback(ResetConfig(scope=scope), storage=storage)
     trainer, recorder = reset_run(tmp_path, callbacks=[best], reset_scope=scope, **RESETS)
     losses = {step: loss for step, (loss, _) in recorder.evaluated.items()}
     assert best.best == min(losses.values()) == losses[best.step]
