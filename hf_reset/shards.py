@@ -239,14 +239,14 @@ def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], op
 
 def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
     """Under DeepSpeed, only those of its optimizers are right whose masters can be reached in memory."""
-    zero = next((one for one in _chain(optimizer) if type(one).__module__.startswith("deepspeed.runtime")), None)
-    zero = zero or next((p._z3_optimizer for p in parameters.values() if hasattr(p, "_z3_optimizer")), None)  # pyright: ignore
-    if zero is None:
-        return
-    if optimizer is None:
+    in_zero = any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters.values())
+    if in_zero and optimizer is None:
         raise UnsupportedError(
             "Under DeepSpeed ZeRO an anchor needs the optimizer, which holds the float32 masters. Pass `optimizer`."
         )
+    zero = next((one for one in _chain(optimizer) if type(one).__module__.startswith("deepspeed.runtime")), None)
+    if zero is None:
+        return
     name = type(zero).__name__
     if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer") or not all(
         hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters.values()

@@ -64,15 +64,16 @@ class BestWeightsCallback(TrainerCallback):
         """Make room, and take the file up again when a run is resumed."""
         self._key = metric_key(self.config, args)
         self._greater = greater_is_better(self.config, args)
-        self.store = AnchorStore(kwargs["model"], scope="all", optimizer_state="keep", storage=self.storage)
-        self.best = self.step = self._file = None
+        self.store = AnchorStore(
+            kwargs["model"], kwargs["optimizer"], scope="all", optimizer_state="keep", storage=self.storage
+        )
+        self.best = self.step = self._file = file = None
         if self.path is not None:
-            rank = f".rank{args.process_index}" if self.store.is_sharded else ""
-            self._file = Path(f"{self.path}{rank}")
-            self._file = self._file if self.store.is_sharded or args.should_save else None
-        file = Path(self.path) if self.path is not None and not self.store.is_sharded else self._file
+            own = self.store.is_sharded and not self.store.is_distributed
+            file = Path(f"{self.path}.rank{args.process_index}" if own else self.path)
+            self._file = file if self.store.is_sharded or args.should_save else None
         # A best from after the checkpoint is met again by the resumed run, at the same step with the same value.
-        if state.global_step > 0 and file is not None and file.is_file():
+        if state.global_step > 0 and file is not None and file.exists():
             kept = self.store.load(file)
             self.best, self.step = kept["best"], kept["step"]
 

@@ -243,6 +243,8 @@ def build_model(
             **labels,
         )
         model = ModernBertForSequenceClassification(config)
+        # accelerate 1.15 makes an FSDP2 unit of the input embeddings by itself, and fails if they are in one already.
+        model._no_split_modules = ["ModernBertEncoderLayer"]
     if options.freeze_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     if options.lora_rank > 0:

@@ -79,7 +79,8 @@ def test_a_full_disk_is_an_error_on_both_and_the_last_whole_checkpoint_goes_on(r
     for run in found(ranks, f"full-disk-{mode}"):
         assert run["kind"] == "AnchorFileError"
         assert "checkpoint-6/reset_anchor" in run["text"]
-        assert "No space left on device" in run["text"]
+        assert "could not be written" in run["text"]
+        assert "Free the disk" in run["text"]  # the cause is not always told: torch may hide it behind its own
         assert "ank 0 of 2 failed" in run["text"]
         assert run["same"]
         assert run["trails"][0] == run["trails"][1]
