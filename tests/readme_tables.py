@@ -1,0 +1,83 @@
+"""Render the README's tables from the committed result files: `python tests/readme_tables.py` writes them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from hf_reset.report.card import Column, markdown_table, summary_table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+_BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?(?:<!-- end -->\n|(?=\n))", re.DOTALL)
+
+TEXT = [
+    Column("test_accuracy_last", "clean test accuracy, last"),
+    Column("test_accuracy_best", "clean test accuracy, best"),
+    Column("label_memory", "wrong labels memorised", digits=2),
+    Column("resets", "resets", digits=0),
+    Column("train_seconds", "train seconds", digits=0),
+]
+INSTRUCTION = [
+    Column("test_loss_last", "clean test loss, last"),
+    Column("test_loss_best", "clean test loss, best"),
+    Column("response_memory_last", "memory of wrong responses", digits=2),
+    Column("resets", "resets", digits=0),
+    Column("train_seconds", "train seconds", digits=0),
+]
+
+
+def render(readme: str) -> str:
+    """The README with each table drawn anew."""
+    return _BLOCK.sub(lambda block: f"<!-- table: {block[1]} -->\n{table(block[1])}\n<!-- end -->\n", readme)
+
+
+def table(name: str) -> str:
+    """The table of one result file."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if result.get("benchmark") == "overhead":
+        return _overhead(result)
+    if result.get("benchmark") == "survival":
+        return _survival(result)
+    return summary_table(result["records"], TEXT if result["recipe"] == "text_classification" else INSTRUCTION)
+
+
+def _overhead(result: dict) -> str:
+    names = {
+        "callback_off": "callback, probability 0",
+        "callback": "callback",
+        "trainer": "ResetTrainer",
+    }
+    rows = [
+        [names[arm], f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"]
+        for arm, ratio in result["step_ratio_to_stock"].items()
+    ]
+    steps = markdown_table(["arm", "median step, of the stock Trainer's (lowest to highest round)"], rows)
+    rows = [
+        [
+            f"`{scope}`",
+            f"{cost['anchor_bytes'] / cost['model_bytes']:.3f}",
+            f"{cost['snapshot_steps']:.3f}",
+            f"{cost['restore_steps']:.3f}",
+        ]
+        for scope, cost in result["anchor"].items()
+    ]
+    heading = ["scope", "anchor, of the weights' bytes (with optimizer state)", "snapshot, in steps", "reset, in steps"]
+    return f"{steps}\n\n{markdown_table(heading, rows)}"
+
+
+def _survival(result: dict) -> str:
+    kills = Counter((kill["mode"], kill["phase"]) for kill in result["kills"])
+    phases = list(dict.fromkeys(phase for _, phase in sorted(kills)))
+    rows = []
+    for mode in dict.fromkeys(life["mode"] for life in result["lives"]):
+        lives = [life["identical"] for life in result["lives"] if life["mode"] == mode]
+        rows.append([mode, *(str(kills[mode, phase]) for phase in phases), f"{sum(lives)} of {len(lives)}"])
+    return markdown_table(["", *(f"killed in {phase}" for phase in phases), "runs that ended bit-identical"], rows)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
