@@ -256,7 +256,7 @@ match x:
     assert names["textwrap.Outer"].signature == names["textwrap.matched"].body == ""
 
 
-def test_packages_that_installations_lack_are_not_needed(elsewhere, topics):
+def test_packages_that_installations_lack_are_not_needed(elsewhere):
     """Debian has no test and no idlelib, 3.12 no distutils, and many have no tkinter."""
     lacking = "test idlelib tkinter turtledemo turtle.py lib2to3 distutils ensurepip curses site-packages dist-packages"
     shutil.rmtree(elsewhere)

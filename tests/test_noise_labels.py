@@ -148,6 +148,10 @@ def test_instance_noise_takes_features_instead_of_text():
     assert scaled["label"][:] == noisy["label"][:]
     assert other["label"][:] != noisy["label"][:]
     assert other["is_mislabelled"][:] == noisy["is_mislabelled"][:]
+    # Each row goes with its own: shuffled together, they give the same.
+    places = rng.permutation(200)
+    shuffled = corrupt_labels(data.select(places), rate=0.3, kind="instance", seed=0, features=points[places])
+    assert shuffled["label"][:] == [noisy["label"][:][place] for place in places]
 
 
 def test_instance_flip_rates_are_truncated_normal():
