@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -54,9 +55,17 @@ def launch(
         output, _ = process.communicate(timeout=timeout)
         status: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill_all(process.pid)
         output, status = process.communicate()[0], None
     return Run(status, output, time.monotonic() - started)
+
+
+def _kill_all(pid: int) -> None:
+    """A launcher and its workers, which are in sessions of their own and would keep its output open."""
+    launcher = psutil.Process(pid)
+    for one in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def results(run: Run, folder: Path, processes: int = 2) -> list[dict]:

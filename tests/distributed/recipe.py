@@ -8,6 +8,7 @@ launcher would have given them is taken from the launcher's own functions.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import runpy
 import sys
@@ -36,6 +37,7 @@ def launcher_environment(config: str, *options: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(float(os.environ.get("CHECK_SECONDS", "300")), exit=True)  # say where it hangs
     config, script, *options = sys.argv[1:]
     mine = launcher_environment(config, "--mixed_precision", "no")
     os.environ.update({key: value for key, value in mine.items() if key.startswith(("ACCELERATE_", "FSDP_"))})
