@@ -342,6 +342,15 @@ def test_every_command_of_the_readme_parses():
         parse_recipe([recipe.InstructionTuningArguments, recipe.arguments_class(argv)], argv)
 
 
+def test_the_tables_of_the_readme_are_those_of_the_result_files():
+    """`python tests/readme_tables.py` draws the tables of the package's README; `render` serves both."""
+    from readme_tables import render
+
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert render(readme) == readme
+    assert readme.count("<!-- table:") == readme.count("<!-- end -->") >= 1
+
+
 def test_help_is_fast_and_names_every_option():
     start = time.perf_counter()
     run = subprocess.run([sys.executable, FOLDER / "train.py", "--help"], capture_output=True, text=True, check=True)
