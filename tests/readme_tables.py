@@ -11,7 +11,8 @@ from hf_reset.report.card import Column, markdown_table, summary_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
-_BLOCK = re.compile(r"<!-- table: (\w+) -->\n.*?(?:<!-- end -->\n|(?=\n))", re.DOTALL)
+# With what was drawn before, up to the end mark, and never across the next table's mark.
+_BLOCK = re.compile(r"<!-- table: (\w+) -->\n(?:(?:(?!<!-- table:).)*?<!-- end -->\n)?", re.DOTALL)
 
 TEXT = [
     Column("test_accuracy_last", "clean test accuracy, last"),
@@ -23,7 +24,7 @@ TEXT = [
 INSTRUCTION = [
     Column("test_loss_last", "clean test loss, last"),
     Column("test_loss_best", "clean test loss, best"),
-    Column("response_memory_last", "memory of wrong responses", digits=2),
+    Column("response_memory_last", "memory of wrong responses"),
     Column("resets", "resets", digits=0),
     Column("train_seconds", "train seconds", digits=0),
 ]

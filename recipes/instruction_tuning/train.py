@@ -531,10 +531,12 @@ def save_final_model(trainer: Any, finish: str, best: Any, path: str) -> None:
     """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as `reset_finish` says."""
     from contextlib import nullcontext
 
+    from hf_reset.recipe import save_whole_model
+
     store = trainer.reset_callback.store
     anchor = store.swapped() if store is not None and store.is_set else best.swapped()
     with anchor if finish == "anchor" else nullcontext():
-        trainer.save_model(path)
+        save_whole_model(trainer, path)
 
 
 def write_report(options: InstructionTuningArguments, results: Results) -> None:
