@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def small_llama(
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+    from hf_reset.shards import whole_state
+
     folder = Path(folder)
     if folder.is_dir():
         return folder
@@ -93,17 +96,20 @@ def small_llama(
         data = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
         trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)
         trainer.train()
+    # Gathered on every rank: under FSDP and ZeRO-3 no rank has the whole.
+    state = whole_state(trainer.accelerator, trainer.model_wrapped)
+    model: Any = trainer.model
     if args.should_save:
-        _save_whole(folder, trainer.model, tokenizer)
+        _save_whole(folder, partial(model.save_pretrained, state_dict=state), tokenizer.save_pretrained)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return folder
 
 
-def _save_whole(folder: Path, *parts: Any) -> None:
-    """``save_pretrained`` into a folder beside it, then one rename."""
+def _save_whole(folder: Path, *saves: Callable[[Path], Any]) -> None:
+    """Each part into a folder beside it, then one rename."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(temporary)
+    for save in saves:
+        save(temporary)
     os.replace(temporary, folder)

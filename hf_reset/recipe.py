@@ -150,6 +150,18 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[t
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
+def save_whole_model(trainer: Any, path: str) -> None:
+    """As `trainer.save_model`, to be called on every rank; FSDP's sharded checkpoints have no model of their own."""
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(path)
+        return
+    from hf_reset.shards import whole_state
+
+    state = whole_state(trainer.accelerator, trainer.model_wrapped)
+    if trainer.args.should_save:
+        trainer._save(path, state_dict=state)
+
+
 def run_arms(
     results: Results,
     runs: Sequence[tuple[str, int]],

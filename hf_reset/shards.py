@@ -296,6 +296,17 @@ def _is_gathered(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
+def whole_state(accelerator: Any, wrapped: Any) -> dict[str, Tensor]:
+    """A model's whole state dict, whatever its shards; a collective, to be called on every rank.
+
+    Args:
+        accelerator: the Trainer's.
+        wrapped: the model as it prepared it (`trainer.model_wrapped`).
+    """
+    state = accelerator.get_state_dict(wrapped)
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], *, non_blocking: bool = False) -> None:
     """Copy each source (second) into its target (first), in one fused call per device and dtype."""
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}

@@ -422,10 +422,12 @@ def save_final_model(trainer: ResetTrainer, finish: str, best: Any, path: str) -
     """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as `reset_finish` says."""
     from contextlib import nullcontext
 
+    from hf_reset.recipe import save_whole_model
+
     store = trainer.reset_callback.store if trainer.reset_callback is not None else None
     anchor = store.swapped() if store is not None and store.is_set else best.swapped()
     with anchor if finish == "anchor" else nullcontext():
-        trainer.save_model(path)
+        save_whole_model(trainer, path)
 
 
 def write_report(options: TextClassificationArguments, results: Results) -> None:
