@@ -150,6 +150,14 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[t
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
+def fresh_engine() -> None:
+    """Let the next Trainer of this process set its engine up anew: accelerate allows DeepSpeed one otherwise."""
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state.get("deepspeed_plugins") is not None:
+        AcceleratorState._reset_state()
+
+
 def save_whole_model(trainer: Any, path: str) -> None:
     """As `trainer.save_model`, to be called on every rank; FSDP's sharded checkpoints have no model of their own."""
     if not trainer.is_fsdp_enabled:

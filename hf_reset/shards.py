@@ -297,13 +297,13 @@ def _is_gathered(parameter: Any) -> bool:
 
 
 def whole_state(accelerator: Any, wrapped: Any) -> dict[str, Tensor]:
-    """A model's whole state dict, whatever its shards; a collective, to be called on every rank.
+    """A model's whole state dict, on rank 0 at least; a collective, to be called on every rank.
 
     Args:
         accelerator: the Trainer's.
         wrapped: the model as it prepared it (`trainer.model_wrapped`).
     """
-    state = accelerator.get_state_dict(wrapped)
+    state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 gathers on rank 0 only
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 

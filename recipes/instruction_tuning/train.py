@@ -402,9 +402,10 @@ def train_and_measure(
     from hf_reset import select_parameters
     from hf_reset.diagnostics.best_weights import BestWeightsCallback
     from hf_reset.diagnostics.responses import ResponseCurvesCallback, response_memory
-    from hf_reset.recipe import arguments_of, resume_point
+    from hf_reset.recipe import arguments_of, fresh_engine, resume_point
     from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
 
+    fresh_engine()
     args = arguments_of(training, arm, seed)
     set_seed(seed)
     tokenizer = build_tokenizer(options, base)

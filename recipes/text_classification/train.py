@@ -276,9 +276,10 @@ def train_and_measure(
 
     from hf_reset import ResetTrainer
     from hf_reset.diagnostics.best_weights import BestWeightsCallback
-    from hf_reset.recipe import arguments_of, resume_point
+    from hf_reset.recipe import arguments_of, fresh_engine, resume_point
     from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
 
+    fresh_engine()
     args = arguments_of(training, arm, seed)
     set_seed(seed)
     tokenizer = build_tokenizer(options, list(data.train["text"]))
