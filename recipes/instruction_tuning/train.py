@@ -398,6 +398,7 @@ def train_and_measure(
     import time
 
     from transformers import set_seed
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from hf_reset import select_parameters
     from hf_reset.diagnostics.best_weights import BestWeightsCallback
@@ -419,7 +420,9 @@ def train_and_measure(
     curves = ResponseCurvesCallback(splits["test"], *(few(part, options.memory_samples) for part in memory or ()))
     trainer: Any = build_trainer(options, args, model, tokenizer, splits, [best, curves, *callbacks])
     size = args.per_device_eval_batch_size
-    record: dict[str, Any] = {"response_memory_start": memory and response_memory(model, *memory, batch_size=size)}
+    # Under ZeRO-3 the weights are shares from the moment they are loaded, and nothing gathers them before training.
+    at_start = None if is_deepspeed_zero3_enabled() else memory
+    record: dict[str, Any] = {"response_memory_start": at_start and response_memory(model, *at_start, batch_size=size)}
     reset_peak_memory(args.device)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume_point(training, args))
