@@ -140,12 +140,12 @@ def encode(
     counts = {"prompt_too_long": 0, "response_cut": 0}
     for number, (prompt, response) in enumerate(zip(rows["prompt"], rows[column], strict=True)):
         before, after = _rendered(tokenizer, prompt, response)
-        prompt_ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+        prompt_ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
         room = max_length - len(prompt_ids)
         if room < 1:
             counts["prompt_too_long"] += 1
             continue
-        response_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        response_ids = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]
         counts["response_cut"] += len(response_ids) > room
         made["input_ids"].append(prompt_ids + response_ids[:room])
         made["labels"].append([IGNORED] * len(prompt_ids) + response_ids[:room])
