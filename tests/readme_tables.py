@@ -19,14 +19,12 @@ TEXT = [
     Column("test_accuracy_best", "clean test accuracy, best"),
     Column("label_memory", "wrong labels memorised", digits=2),
     Column("resets", "resets", digits=0),
-    Column("train_seconds", "train seconds", digits=0),
 ]
 INSTRUCTION = [
     Column("test_loss_last", "clean test loss, last"),
     Column("test_loss_best", "clean test loss, best"),
     Column("response_memory_last", "memory of wrong responses"),
     Column("resets", "resets", digits=0),
-    Column("train_seconds", "train seconds", digits=0),
 ]
 
 
