@@ -171,9 +171,7 @@ def symmetric_cross_entropy(
             f"`alpha` and `beta` must be finite, at least 0 and not both 0, got alpha={alpha}, beta={beta}."
         )
     if not -math.inf < log_zero < 0.0:
-        raise ConfigError(
-            f"`log_zero` stands for log 0: it must be below 0, got {log_zero}. The paper uses -4."
-        )
+        raise ConfigError(f"`log_zero` stands for log 0: it must be below 0, got {log_zero}. The paper uses -4.")
     log_p, weight = _given_labels(logits, labels, ignore_index, shift)
     return _reduce(-alpha * log_p + beta * log_zero * torch.expm1(log_p), weight, num_items_in_batch)
 
@@ -211,14 +209,10 @@ def compute_loss_func(name: str, *, shift: bool | None = None, **options: float)
     loss = LOSSES[name]
     known = set(inspect.signature(loss).parameters) - {"logits", "labels", "num_items_in_batch", "shift"}
     if unknown := sorted(set(options) - known):
-        raise ConfigError(
-            f"loss {name!r} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}."
-        )
+        raise ConfigError(f"loss {name!r} takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
     loss(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), **options)  # refuses bad values before training
 
-    def compute(
-        outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None
-    ) -> Tensor:
+    def compute(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         if labels is None:
             raise ConfigError(f"loss {name!r} needs `labels` in every batch, and this one has none.")
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -238,9 +232,7 @@ def shifts_labels(model: torch.nn.Module) -> bool:
     return any(base.__name__ in causal for module in model.modules() for base in type(module).__mro__)
 
 
-def _given_labels(
-    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool | None
-) -> tuple[Tensor, Tensor]:
+def _given_labels(logits: Tensor, labels: Tensor, ignore_index: int, shift: bool | None) -> tuple[Tensor, Tensor]:
     """Log-probability of each given label, and whether it takes part: two vectors of one entry a row."""
     if logits.ndim not in (2, 3) or logits.shape[:-1] != labels.shape:
         raise ConfigError(
