@@ -433,6 +433,8 @@ def save_final_model(trainer: ResetTrainer, finish: str, best: Any, path: str) -
 
 def write_report(options: TextClassificationArguments, results: Results) -> None:
     """report.md and curves.png beside results.json; the table goes to the screen."""
+    from pathlib import Path
+
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -449,7 +451,7 @@ def write_report(options: TextClassificationArguments, results: Results) -> None
         noise = f"real noise in {options.label_column}"
     report = write_classification_report(
         results,
-        title=f"{options.dataset_name or options.train_file or 'Standard-library docstrings'}: {noise}",
+        title=f"{options.dataset_name or Path(options.train_file or 'Standard-library docstrings').name}: {noise}",
         label=options.label_column,
         validation_label=options.validation_label_column,
         clean_known=added or options.clean_label_column is not None,
