@@ -1,4 +1,4 @@
-"""Render the README's tables from the committed result files: `python tests/readme_tables.py` writes them."""
+"""Render the tables of all READMEs from the committed result files: `python tests/readme_tables.py` writes them."""
 
 from __future__ import annotations
 
@@ -78,5 +78,5 @@ def _survival(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")):
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
