@@ -6,7 +6,7 @@
 
 The embedded example, LoRA on a small Llama, a plain and a reset arm, a few minutes on two CPU cores:
 
-    accelerate launch recipes/instruction_tuning/train.py \\
+    accelerate launch --num_cpu_threads_per_process 2 recipes/instruction_tuning/train.py \\
         --config recipes/instruction_tuning/configs/quickstart.yaml --compare --output_dir runs/instructions
 
 A model and data of your own (messages, prompt and completion, instruction and output, question and answer):
