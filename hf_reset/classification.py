@@ -5,7 +5,6 @@ Every row dropped and every row added to a split is counted in words, for the re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
+from hf_reset.recipe import carve
 
 Label = int | str
 _MISSING = -1  # a clean label that nobody gave
@@ -250,17 +250,8 @@ def _check_texts(texts: Sequence[Any], argument: str, column: str, split: str) -
 def _carve(
     rows: Dataset, split: str, fraction: float, at_most: int | None, notes: list[str]
 ) -> tuple[Dataset, Dataset]:
-    argument = "max_predict_samples" if split == "test" else "max_eval_samples"
-    if not 0 < fraction < 1:
-        raise ConfigError(f"`{split}_fraction` must be in (0, 1), got {fraction}. 0.15 takes 15 % of the rows.")
-    count = at_most if at_most is not None else math.ceil(fraction * len(rows))
-    if count >= len(rows):
-        raise DataError(
-            f"`{argument}` {count} would leave no row to train on: there are {len(rows)}. Give less, or a "
-            f"--{split}_file."
-        )
-    notes.append(f"No {split} split was given: {count} of {len(rows)} training rows were taken for it.")
-    taken, rest = rows.select(range(count)), rows.select(range(count, len(rows)))
+    taken, rest = carve(rows, split, fraction, at_most, notes)
+    count = len(taken)
     labels = taken["true" if split == "test" else "chooser"]
     labelled = [index for index, label in enumerate(labels) if label is not None]
     if len(labelled) < count:

@@ -5,13 +5,13 @@ Every row left out, and every response cut, is counted in words, for the report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.instructions import Kind, corrupt_responses, response_column, response_texts
+from hf_reset.recipe import carve
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -99,7 +99,7 @@ def prepare_instructions(
         if name in form:
             taken[name] = _at_most(form[name].shuffle(seed=seed), most)
         else:
-            taken[name], train = _carve(train, name, fraction, most, notes)
+            taken[name], train = carve(train, name, fraction, most, notes)
     train = _at_most(train, max_train_samples)
     return InstructionData(
         train=corrupt_responses(train, rate=noise_rate, kind=noise_kind, seed=seed, column="response"),
@@ -253,19 +253,6 @@ def _as_turns(prompt: Any, extra: str | None) -> list[dict[str, str]]:
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
     return {"role": str(turn["role"]), "content": turn["content"] or ""}
-
-
-def _carve(rows: Dataset, split: str, fraction: float, most: int | None, notes: list[str]) -> tuple[Dataset, Dataset]:
-    if not 0.0 < fraction < 1.0:
-        raise ConfigError(f"`{split}_fraction` must be in (0, 1), got {fraction}. 0.1 takes 10 % of the rows.")
-    count = most if most is not None else math.ceil(fraction * len(rows))
-    if count >= len(rows):
-        raise DataError(
-            f"taking {count} rows for the {split} split would leave none of {len(rows)} to train on. Give a file "
-            f"for it with --{split}_file, or fewer with --max_{'eval' if split == 'validation' else 'predict'}_samples."
-        )
-    notes.append(f"No {split} split was given: {count} of {len(rows)} training rows were taken for it.")
-    return rows.select(range(count)), rows.select(range(count, len(rows)))
 
 
 def _at_most(rows: Dataset, count: int | None) -> Dataset:

@@ -44,6 +44,15 @@ def from_first(value: float | None, device: torch.device) -> float | None:
     return number if known else None
 
 
+def part() -> None:
+    """End the process group, when a command has done its work: without this, torch now and then aborts at exit.
+
+    Only where all went well: after an error on one rank the others may be waiting for it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """An error that any rank meets inside is raised on every rank on leaving, so that none waits for another.

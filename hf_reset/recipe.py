@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from hf_reset.errors import ConfigError, DataError
+from hf_reset.errors import ConfigError, DataError, ResetError
 from hf_reset.report.results import plain
 
 if TYPE_CHECKING:
@@ -28,6 +29,58 @@ if TYPE_CHECKING:
     from hf_reset.report.results import Results
 
 _FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a recipe's dataclass, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RecipeArguments:
+    """Options that every recipe has: the study, and where rows come from. Those of the trainer come on top."""
+
+    # study
+    compare: bool = option(False, "Run a plain and a reset arm from the same seeds.")
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Seeds of data order, noise, new weights and training; one run an arm each."},
+    )
+    save_model: bool = option(True, "Keep each run's final model (or adapters) in OUTPUT_DIR/ARM-seedN/model.")
+    # rows
+    dataset_name: str | None = option(None, "Data set on the hub, or a local directory. Default: the embedded corpus.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_file: str | None = option(None, "Local csv, tsv, json, jsonl or parquet file (.gz too) in its place.")
+    validation_file: str | None = option(None, "Rows to choose anchors on. Default: some of the training rows.")
+    test_file: str | None = option(None, "Rows to measure on, once, at the end. Default: some of the training rows.")
+    validation_fraction: float = option(0.15, "Share of training rows taken for validation where none is given.")
+    test_fraction: float = option(0.15, "Share of training rows taken for the test where none is given.")
+    max_train_samples: int | None = option(None, "At most so many training rows.")
+    max_eval_samples: int | None = option(None, "At most (where taken from training, exactly) so many validation rows.")
+    max_predict_samples: int | None = option(None, "Likewise for the test.")
+
+
+def run_command(
+    run: Callable[[Sequence[str]], Any], recipe_arguments: type, *, description: str, argv: Sequence[str] | None = None
+) -> None:
+    """Be the command of a recipe: its help, an error in one line with exit status 1, a clean end of all processes.
+
+    Args:
+        run: the recipe, from its command line.
+        recipe_arguments: the recipe's dataclass.
+        description: the recipe's docstring.
+        argv: the command line without the script's name; None: that of this process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if show_help(argv, recipe_arguments, description=description):
+        return
+    try:
+        run(argv)
+    except ResetError as error:
+        sys.exit(f"error: {error}")
+    from hf_reset.ranks import part
+
+    part()
 
 
 class _Parser(HfArgumentParser):
@@ -80,7 +133,7 @@ def parse_recipe(argument_classes: Sequence[type], argv: Sequence[str]) -> tuple
     parser = _Parser(argument_classes, allow_abbrev=False)  # type: ignore[arg-type]
     _add_config_option(parser)
     parser.add_argument("--help_all", action="help", help="list every option and exit")
-    known = {field.name for cls in argument_classes for field in fields(cls) if field.init}
+    known = {one.name for cls in argument_classes for one in fields(cls) if one.init}
     early, _ = _config_parser().parse_known_args(argv)
     from_file = [] if early.config is None else _as_options(read_config(early.config, known))
     *parsed, rest = parser.parse_args_into_dataclasses(
@@ -298,6 +351,33 @@ def load_splits(options: Any, embedded: Callable[[], Mapping[Any, Dataset]]) -> 
     return {str(split): rows for split, rows in embedded().items()}
 
 
+def carve(rows: Dataset, split: str, fraction: float, at_most: int | None, notes: list[str]) -> tuple[Dataset, Dataset]:
+    """The first rows, for a split that was not given, and the rest; a note says so.
+
+    Args:
+        rows: those of training.
+        split: ``"validation"`` or ``"test"``.
+        fraction: share of the rows to take, in (0, 1).
+        at_most: take exactly so many instead; None: the fraction.
+        notes: receives the note.
+
+    Raises:
+        ConfigError: the fraction is not one.
+        DataError: nothing would be left to train on.
+    """
+    argument = "max_predict_samples" if split == "test" else "max_eval_samples"
+    if not 0 < fraction < 1:
+        raise ConfigError(f"`{split}_fraction` must be in (0, 1), got {fraction}. 0.15 takes 15 % of the rows.")
+    count = at_most if at_most is not None else math.ceil(fraction * len(rows))
+    if count >= len(rows):
+        raise DataError(
+            f"`{argument}` {count} would leave no row to train on: there are {len(rows)}. Give less, or a "
+            f"--{split}_file."
+        )
+    notes.append(f"No {split} split was given: {count} of {len(rows)} training rows were taken for it.")
+    return rows.select(range(count)), rows.select(range(count, len(rows)))
+
+
 def load_pretrained(
     load: Callable[..., Any], name: str, *, argument: str = "model_name_or_path", **options: Any
 ) -> Any:
@@ -382,11 +462,10 @@ def _option_names(words: Sequence[str]) -> set[str]:
 def _configuration(instances: Sequence[Any], given: set[str]) -> dict[str, Any]:
     first = instances[0]
     return {
-        field.name: plain(getattr(instance, field.name))
+        one.name: plain(getattr(instance, one.name))
         for instance in instances
-        for field in fields(instance)
-        if (instance is first or field.name in given or field.name.startswith("reset_"))
-        and not field.name.endswith("_token")
+        for one in fields(instance)
+        if (instance is first or one.name in given or one.name.startswith("reset_")) and not one.name.endswith("_token")
     }
 
 

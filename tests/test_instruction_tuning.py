@@ -109,7 +109,12 @@ def test_rows_without_response_or_prompt_are_left_out_and_counted():
         ({"train": pairs([], [])}, {}, DataError, r"the train split is empty \(0 rows\)"),
         ({"train": pairs(["a"], [""])}, {}, DataError, r"none of the 1 train rows has both a prompt and a response"),
         ({"train": pairs().remove_columns("prompt")}, {"response_column": "completion"}, DataError, r"`prompt_column`"),
-        ({"train": pairs()}, {"max_eval_samples": 60}, DataError, r"taking 60 rows for the validation split"),
+        (
+            {"train": pairs()},
+            {"max_eval_samples": 60},
+            DataError,
+            r"`max_eval_samples` 60 would leave no row to train on",
+        ),
         ({"train": pairs()}, {"test_fraction": 1.5}, ConfigError, r"`test_fraction` must be in \(0, 1\), got 1.5"),
         (
             {"train": pairs(["a"], ["A"]), "validation": pairs(), "test": pairs()},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.recipe import load_file, load_named, parse_recipe, planned_runs, run_arms
+from hf_reset.recipe import RecipeArguments, load_file, load_named, parse_recipe, planned_runs, run_arms, run_command
 from hf_reset.report.results import Results
 
 
@@ -160,3 +160,19 @@ def test_an_unknown_data_set_is_named_with_the_remedy(tmp_path):
 def test_a_local_directory_is_a_data_set(tmp_path):
     write(tmp_path / "train.csv", "csv")
     assert load_named(str(tmp_path))["train"].num_rows == 2
+
+
+def test_a_command_that_has_done_its_work_ends_the_process_group():
+    """Else a thread of gloo may touch the interpreter while it shuts down, and torch aborts the process."""
+    import torch.distributed as dist
+
+    def run(argv):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if argv:
+            raise ConfigError("`argv` is not empty.")
+
+    run_command(run, RecipeArguments, description="", argv=[])
+    assert not dist.is_initialized()
+    with pytest.raises(SystemExit, match="error: `argv` is not empty"):
+        run_command(run, RecipeArguments, description="", argv=["--seeds"])
+    dist.destroy_process_group()  # an error of one rank alone must not wait for the others

@@ -22,10 +22,11 @@ ordinary PEFT adapter, or with --full_finetuning a model.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from hf_reset.recipe import RecipeArguments, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,87 +36,60 @@ if TYPE_CHECKING:
     from hf_reset.report.results import Results
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class InstructionTuningArguments:
+class InstructionTuningArguments(RecipeArguments):
     """Options of this recipe; those of the trainer's arguments come on top."""
 
     # data
-    dataset_name: str | None = _option(None, "Data set on the hub, or a local directory. Default: the embedded corpus.")
-    dataset_config_name: str | None = _option(None, "Its configuration.")
-    train_file: str | None = _option(None, "Local csv, tsv, json, jsonl or parquet file (.gz too) in its place.")
-    validation_file: str | None = _option(None, "Rows to choose anchors on. Default: some of the training rows.")
-    test_file: str | None = _option(None, "Rows to measure on. Default: some of the training rows.")
-    prompt_column: str | None = _option(None, "Column of the prompt, text or messages. Default: found by format.")
-    response_column: str | None = _option(None, "Column of the response. Default: found by format.")
-    validation_fraction: float = _option(0.1, "Share of training rows taken for validation where none is given.")
-    test_fraction: float = _option(0.1, "Share of training rows taken for the test where none is given.")
-    max_train_samples: int | None = _option(None, "At most so many training rows.")
-    max_eval_samples: int | None = _option(
-        None, "At most (where taken from training, exactly) so many validation rows."
-    )
-    max_predict_samples: int | None = _option(None, "Likewise for the test.")
-    max_seq_length: int = _option(128, "Tokens of prompt and response; longer responses are cut, and counted.")
+    prompt_column: str | None = option(None, "Column of the prompt, text or messages. Default: found by format.")
+    response_column: str | None = option(None, "Column of the response. Default: found by format.")
+    validation_fraction: float = option(0.1, "Share of training rows taken for validation where none is given.")
+    test_fraction: float = option(0.1, "Share of training rows taken for the test where none is given.")
+    max_seq_length: int = option(128, "Tokens of prompt and response; longer responses are cut, and counted.")
     # noise
-    noise_rate: float = _option(0.0, "Share of training and validation responses to make wrong.")
-    noise_kind: Literal["swap", "shuffle_sentences", "truncate", "wrong_answer", "mix"] = _option(
+    noise_rate: float = option(0.0, "Share of training and validation responses to make wrong.")
+    noise_kind: Literal["swap", "shuffle_sentences", "truncate", "wrong_answer", "mix"] = option(
         "swap", "How responses go wrong."
     )
     # model
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Causal model on the hub or local directory. Default: a small Llama, trained a little on plain text."
     )
-    tokenizer_name: str | None = _option(None, "Its tokenizer, where it is another.")
-    chat_template: str | None = _option(None, "File with a chat template, for tokenizers without.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _option("float32", "Type in which a named model is loaded.")
-    load_in_4bit: bool = _option(False, "Base weights in 4 bits (bitsandbytes, CUDA only).")
-    hidden_size: int = _option(128, "Width of the small Llama.")
-    num_hidden_layers: int = _option(4, "Its layers.")
-    vocab_size: int = _option(4000, "Tokens of the tokenizer trained on the plain text for it.")
-    base_steps: int = _option(400, "Steps of 16 x 128 tokens that it is first trained on the plain text.")
-    base_learning_rate: float = _option(2e-3, "Highest learning rate of these steps.")
+    tokenizer_name: str | None = option(None, "Its tokenizer, where it is another.")
+    chat_template: str | None = option(None, "File with a chat template, for tokenizers without.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type in which a named model is loaded.")
+    load_in_4bit: bool = option(False, "Base weights in 4 bits (bitsandbytes, CUDA only).")
+    hidden_size: int = option(128, "Width of the small Llama.")
+    num_hidden_layers: int = option(4, "Its layers.")
+    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the plain text for it.")
+    base_steps: int = option(400, "Steps of 16 x 128 tokens that it is first trained on the plain text.")
+    base_learning_rate: float = option(2e-3, "Highest learning rate of these steps.")
     # adapters
-    full_finetuning: bool = _option(False, "Train all weights instead of adapters.")
-    lora_rank: int = _option(16, "Rank of the LoRA adapters.")
-    lora_alpha: int = _option(32, "LoRA's alpha; updates are scaled by alpha / rank.")
-    lora_dropout: float = _option(0.0, "LoRA's dropout.")
-    lora_target_modules: str = _option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
+    full_finetuning: bool = option(False, "Train all weights instead of adapters.")
+    lora_rank: int = option(16, "Rank of the LoRA adapters.")
+    lora_alpha: int = option(32, "LoRA's alpha; updates are scaled by alpha / rank.")
+    lora_dropout: float = option(0.0, "LoRA's dropout.")
+    lora_target_modules: str = option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained whole beside the adapters, such as lm_head."}
     )
-    use_dora: bool = _option(False, "Weight-decomposed adapters (DoRA).")
-    use_rslora: bool = _option(False, "Rank-stabilised scaling, alpha / sqrt(rank).")
+    use_dora: bool = option(False, "Weight-decomposed adapters (DoRA).")
+    use_rslora: bool = option(False, "Rank-stabilised scaling, alpha / sqrt(rank).")
     # training
-    trainer: Literal["plain", "sft"] = _option("plain", "transformers' Trainer, or TRL's SFTTrainer (packing).")
-    loss: str | None = _option(None, "The same as reset_loss: gce, sce or another of hf_reset.losses.")
-    loss_options: str | None = _option(None, 'The same as reset_loss_options, as JSON: {"q": 0.5}.')
-    # study
-    compare: bool = _option(False, "Run a plain and a reset arm from the same seeds.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds of data order, noise, adapters and training."}
-    )
-    memory_samples: int = _option(150, "Corrupted training rows on which memory is followed during the run.")
-    generation_samples: int = _option(32, "Test prompts to generate responses to at the end; 0 for none.")
-    max_new_tokens: int = _option(48, "Most tokens of a generated response.")
-    save_model: bool = _option(True, "Keep each run's final adapters (or model) in OUTPUT_DIR/ARM-seedN/model.")
+    trainer: Literal["plain", "sft"] = option("plain", "transformers' Trainer, or TRL's SFTTrainer (packing).")
+    loss: str | None = option(None, "The same as reset_loss: gce, sce or another of hf_reset.losses.")
+    loss_options: str | None = option(None, 'The same as reset_loss_options, as JSON: {"q": 0.5}.')
+    # measuring
+    memory_samples: int = option(150, "Corrupted training rows on which memory is followed during the run.")
+    generation_samples: int = option(32, "Test prompts to generate responses to at the end; 0 for none.")
+    max_new_tokens: int = option(48, "Most tokens of a generated response.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; what it refuses ends in one line and exit status 1."""
-    argv = sys.argv[1:] if argv is None else argv
-    from hf_reset.recipe import show_help
+    from hf_reset.recipe import run_command
 
-    if show_help(argv, InstructionTuningArguments, description=__doc__ or ""):
-        return
-    from hf_reset.errors import ResetError
-
-    try:
-        run(argv)
-    except ResetError as error:
-        sys.exit(f"error: {error}")
+    run_command(run, InstructionTuningArguments, description=__doc__ or "", argv=argv)
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from hf_reset.recipe import RecipeArguments, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,75 +39,46 @@ if TYPE_CHECKING:
     from hf_reset.report.results import Results
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class TextClassificationArguments:
+class TextClassificationArguments(RecipeArguments):
     """Options of this recipe; those of `ResetTrainingArguments` come on top."""
 
     # data
-    dataset_name: str | None = _option(None, "Data set on the hub, or a local directory. Default: the embedded corpus.")
-    dataset_config_name: str | None = _option(None, "Its configuration.")
-    train_file: str | None = _option(None, "Local csv, tsv, json, jsonl or parquet file (.gz too) in its place.")
-    validation_file: str | None = _option(None, "Rows to choose anchors on. Default: some of the training rows.")
-    test_file: str | None = _option(None, "Rows to measure on, once, at the end. Default: some of the training rows.")
-    text_column: str = _option("text", "Column of the text.")
-    text_pair_column: str | None = _option(None, "Column of a second text, for pairs.")
-    label_column: str = _option("label", "Column of the label that training sees.")
-    clean_label_column: str | None = _option(
+    text_column: str = option("text", "Column of the text.")
+    text_pair_column: str | None = option(None, "Column of a second text, for pairs.")
+    label_column: str = option("label", "Column of the label that training sees.")
+    clean_label_column: str | None = option(
         None, "For real noise: column of the true label, which the test is read by."
     )
-    validation_label_column: str | None = _option(
+    validation_label_column: str | None = option(
         None, "Column of validation labels. Default: label_column. 'clean_label': the true ones behind added noise."
     )
-    validation_fraction: float = _option(0.15, "Share of training rows taken for validation where none is given.")
-    test_fraction: float = _option(0.15, "Share of training rows taken for the test where none is given.")
-    max_train_samples: int | None = _option(None, "At most so many training rows.")
-    max_eval_samples: int | None = _option(
-        None, "At most (where taken from training, exactly) so many validation rows."
-    )
-    max_predict_samples: int | None = _option(None, "Likewise for the test.")
-    max_seq_length: int = _option(64, "Tokens to which texts are cut.")
+    max_seq_length: int = option(64, "Tokens to which texts are cut.")
     # noise
-    noise_rate: float = _option(0.0, "Share of training and validation labels to make wrong.")
-    noise_kind: Literal["symmetric", "pair", "matrix", "instance"] = _option("symmetric", "How labels go wrong.")
-    noise_matrix: str | None = _option(None, "For kind matrix: T[i][j] = P(noisy j | clean i), as JSON.")
+    noise_rate: float = option(0.0, "Share of training and validation labels to make wrong.")
+    noise_kind: Literal["symmetric", "pair", "matrix", "instance"] = option("symmetric", "How labels go wrong.")
+    noise_matrix: str | None = option(None, "For kind matrix: T[i][j] = P(noisy j | clean i), as JSON.")
     # model
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Model on the hub or local directory. Default: a small ModernBERT, untrained."
     )
-    hidden_size: int = _option(128, "Width of the small ModernBERT.")
-    num_hidden_layers: int = _option(2, "Its layers.")
-    vocab_size: int = _option(4000, "Tokens of the tokenizer trained on the training texts for it.")
-    freeze_embeddings: bool = _option(False, "Leave the word embeddings as they are.")
-    lora_rank: int = _option(0, "Rank of LoRA adapters; 0 trains all weights.")
-    lora_alpha: int = _option(16, "LoRA's alpha; updates are scaled by alpha / rank.")
-    lora_dropout: float = _option(0.0, "LoRA's dropout.")
-    lora_target_modules: str = _option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
-    # study
-    compare: bool = _option(False, "Run a plain and a reset arm from the same seeds.")
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Seeds of data order, noise, model and training."}
-    )
-    memory_samples: int = _option(256, "Mislabelled training rows on which memory is followed during the run.")
-    save_model: bool = _option(True, "Keep each run's final model in OUTPUT_DIR/ARM-seedN/model.")
+    hidden_size: int = option(128, "Width of the small ModernBERT.")
+    num_hidden_layers: int = option(2, "Its layers.")
+    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the training texts for it.")
+    freeze_embeddings: bool = option(False, "Leave the word embeddings as they are.")
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.")
+    lora_alpha: int = option(16, "LoRA's alpha; updates are scaled by alpha / rank.")
+    lora_dropout: float = option(0.0, "LoRA's dropout.")
+    lora_target_modules: str = option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
+    # measuring
+    memory_samples: int = option(256, "Mislabelled training rows on which memory is followed during the run.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; what it refuses ends in one line and exit status 1."""
-    argv = sys.argv[1:] if argv is None else argv
-    from hf_reset.recipe import show_help
+    from hf_reset.recipe import run_command
 
-    if show_help(argv, TextClassificationArguments, description=__doc__ or ""):
-        return
-    from hf_reset.errors import ResetError
-
-    try:
-        run(argv)
-    except ResetError as error:
-        sys.exit(f"error: {error}")
+    run_command(run, TextClassificationArguments, description=__doc__ or "", argv=argv)
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:

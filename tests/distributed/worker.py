@@ -14,6 +14,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from hf_reset.ranks import part
+
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -111,3 +113,4 @@ def run_checks(checks: dict[str, Callable[[Path], Any]]) -> None:
             found[name] = {"error": traceback.format_exc()}
             print(f"rank {RANK}, check {name}:\n{found[name]['error']}", file=sys.stderr, flush=True)
     torch.save(found, folder / f"rank{RANK}.pt")
+    part()
