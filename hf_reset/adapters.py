@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_reset.anchor import AnchorStore
 from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, UnsupportedError
-from hf_reset.scopes import unwrapped
+from hf_reset.scopes import named_parameters, unwrapped
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -86,7 +86,7 @@ def load_adapter_anchor(
     if not store.is_set:
         store.snapshot()
     inside = set(store.names)
-    outside = [p for name, p in peft_model.named_parameters() if p.requires_grad and name not in inside]
+    outside = [p for name, p in named_parameters(peft_model).items() if p.requires_grad and name not in inside]
     with torch.no_grad():
         kept = [p.detach().clone() for p in outside]
         with store.swapped():  # live parameters and anchor change places, so writing one writes the other

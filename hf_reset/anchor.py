@@ -20,7 +20,7 @@ from hf_reset.policy import Scope
 from hf_reset.ranks import together
 from hf_reset.scopes import batch_norm_buffers, covers_all, select_parameters, unwrapped
 from hf_reset.sharded_anchor import read_shared_header, read_shares, write_shares
-from hf_reset.shards import copy_all, refuse_zeroing, settle, shards_of
+from hf_reset.shards import copy_all, refuse_part_of_flat, refuse_zeroing, settle, shards_of
 
 FORMAT = "hf_reset-anchor-1"
 _PASSING = ("optimizer/", "gathered/")  # what may not be there at a given moment
@@ -65,10 +65,11 @@ class AnchorStore:
         self.optimizer_state = optimizer_state
         self.storage = storage
         self._model = unwrapped(model)
-        settle(self._model)
+        settle(model)
+        refuse_part_of_flat(model, scope)
         self._parameters = select_parameters(self._model, scope)
         self.is_full = covers_all(self._model, self._parameters)
-        self._shards = shards_of(self._model, self._parameters, optimizer, full=self.is_full)
+        self._shards = shards_of(model, self._parameters, optimizer, full=self.is_full)
         if optimizer_state == "zero" and optimizer is not None:
             refuse_zeroing(optimizer)
         self._buffers = batch_norm_buffers(self._model) if self.is_full else []

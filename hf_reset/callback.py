@@ -20,6 +20,7 @@ from hf_reset.checkpoints import anchor_file, refuse_other_world_size, reset_rec
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
 from hf_reset.ranks import from_first, gathered, together, world_size
+from hf_reset.shards import refuse_lost_state
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class StochasticResetCallback(TrainerCallback):
                     storage=self.config.storage,
                 )
         if state.global_step > 0:
+            with together():
+                refuse_lost_state(kwargs["model"], kwargs["optimizer"])
             # An evaluation before the first step (`eval_on_start`) would not have been there without the stop.
             self._observed_step = state.global_step
             self._resume(args, state)

@@ -35,7 +35,7 @@ def anchor_file(
 
 
 def refuse_other_world_size(directory: str | Path, world_size: int) -> None:
-    """Flat shares of the ranks of one world size (DeepSpeed ZeRO) cannot be dealt out to another.
+    """Flat shares of the ranks of one world size (DeepSpeed, FSDP1) cannot be dealt out to another.
 
     Raises:
         AnchorFileError: the checkpoint has anchors of another number of processes, and none of this.
@@ -45,8 +45,8 @@ def refuse_other_world_size(directory: str | Path, world_size: int) -> None:
         size, file = next(iter(found.items()))
         raise AnchorFileError(
             f"The anchor {str(file)!r} is one of {size} shares, written by {size} processes, and this run has "
-            f"{world_size}. DeepSpeed's shares cannot be dealt out anew: resume with {size} processes, or start a new "
-            "run from the checkpoint's weights."
+            f"{world_size}. Shares of DeepSpeed and FSDP1 cannot be dealt out anew: resume with {size} processes, or "
+            "start a new run from the checkpoint's weights."
         )
 
 

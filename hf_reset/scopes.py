@@ -8,18 +8,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_reset.errors import ScopeError
 from hf_reset.policy import Scope
+
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Parameter]:
     """The trainable parameters that `scope` selects, by name, in model order. Tied weights are listed once.
 
     Args:
-        model: any module; transformers and PEFT models for the scopes that need structure. Wrappers of DDP
-            and `torch.compile` are looked through, so names are those of the model inside.
+        model: any module; transformers and PEFT models for the scopes that need structure. Wrappers of DDP,
+            FSDP1, activation checkpointing and `torch.compile` are looked through, so names are those of the
+            model inside.
         scope:
             "all": every trainable parameter.
             "head": what lies outside the base model (`base_model_prefix`), and on a PEFT model the
@@ -36,7 +40,7 @@ def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Pa
         ScopeError: the scope selects nothing trainable, everything by accident, or a tied head.
     """
     model = unwrapped(model)
-    named = dict(model.named_parameters())
+    named = named_parameters(model)
     if scope == "all":
         chosen = set(named)
     elif scope == "head":
@@ -62,14 +66,14 @@ def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Pa
 
 def covers_all(model: nn.Module, selected: dict[str, nn.Parameter]) -> bool:
     """Whether `selected` holds every trainable parameter, so that a reset of it is a full one."""
-    return all(name in selected for name, p in unwrapped(model).named_parameters() if p.requires_grad)
+    return all(name in selected for name, p in named_parameters(unwrapped(model)).items() if p.requires_grad)
 
 
 def batch_norm_buffers(model: nn.Module) -> list[str]:
     """Names of the running statistics of BatchNorm layers: they belong to the weights that were evaluated."""
     model = unwrapped(model)
     return [
-        f"{prefix}.{name}" if prefix else name
+        _plain(f"{prefix}.{name}" if prefix else name)
         for prefix, module in model.named_modules()
         if isinstance(module, _NormBase)
         for name, buffer in module.named_buffers(recurse=False)
@@ -78,18 +82,28 @@ def batch_norm_buffers(model: nn.Module) -> list[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, DataParallel, DeepSpeed's engine and `torch.compile`."""
+    """The model inside DDP, DataParallel, FSDP1, DeepSpeed's engine and `torch.compile`."""
     while True:
         inner: Any = getattr(model, "module", None)
         engine = type(model).__module__.startswith("deepspeed.") and isinstance(
             getattr(model, "module", None), nn.Module
         )
-        if engine or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        wrapper = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
+        if engine or isinstance(model, wrapper):
             model = inner
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]
         else:
             return model
+
+
+def named_parameters(model: nn.Module, *, tied: bool = False) -> dict[str, nn.Parameter]:
+    """Parameters by name, without the parts of names that wrappers of modules inside add."""
+    return {_plain(name): p for name, p in model.named_parameters(remove_duplicate=not tied)}
+
+
+def _plain(name: str) -> str:
+    return _WRAPPERS.sub("", name)
 
 
 def _base(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
@@ -249,7 +263,7 @@ def _refuse_alias(
 ) -> None:
     """Say it when a scope names a tied weight by the name under which it is not listed."""
     by_identity = {id(p): name for name, p in named.items()}
-    for alias, p in model.named_parameters(remove_duplicate=False):
+    for alias, p in named_parameters(model, tied=True).items():
         owner = by_identity[id(p)]
         if alias != owner and owner not in chosen and match(alias):
             raise ScopeError(

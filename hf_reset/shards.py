@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -19,10 +19,13 @@ from hf_reset.errors import UnsupportedError
 
 
 class Shards:
-    """Views for one process, DDP (every rank holds everything) and FSDP2 (every rank holds its rows).
+    """Views for one process, DDP (every rank holds everything) and FSDP (every rank holds its share).
+
+    FSDP2's shares are rows, in DTensors. FSDP1 cuts one flat tensor a unit: of a parameter a rank holds a
+    one-dimensional piece, often an empty one.
 
     Args:
-        model: the model inside DDP or `torch.compile`, or an FSDP2 module.
+        model: the model, with its wrappers or without those around the whole of it but FSDP1's.
         parameters: the parameters of the scope, by name. They must be the objects that the optimizer holds.
         optimizer: a torch optimizer, with or without accelerate's wrapper; None where only weights matter.
     """
@@ -30,9 +33,10 @@ class Shards:
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
         self._parameters = parameters
         self._optimizer = unwrapped_optimizer(optimizer)
-        self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._fsdp = _fsdp_units(model)
         self.sharded = bool(self._fsdp)  # whether this rank holds only a share
-        self.distributed = self.sharded  # whether the shares are DTensors, which know where they belong
+        # Whether the shares are DTensors, which know where they belong.
+        self.distributed = any(isinstance(unit, FSDPModule) for unit in self._fsdp)
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors that together hold this rank's share of a parameter's value, by part."""
@@ -75,8 +79,8 @@ class Shards:
         `kept` names parameters whose gathered copy will be written too. FSDP keeps the root's weights gathered
         after an evaluation, and unsharding is then a no-op.
         """
-        for module in self._fsdp:
-            module.reshard()
+        for unit in self._fsdp:
+            _reshard(unit)
 
 
 class Zero12Shards(Shards):
@@ -207,23 +211,57 @@ def shards_of(
 
 
 def settle(model: nn.Module) -> None:
-    """Reshard every FSDP2 module, so that `named_parameters()` gives the sharded originals."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    """Reshard every FSDP unit, so that `named_parameters()` gives the sharded originals."""
+    for unit in _fsdp_units(model):
+        _reshard(unit)
+
+
+def _fsdp_units(model: nn.Module) -> list[FSDPModule | FullyShardedDataParallel]:
+    return [module for module in model.modules() if isinstance(module, (FSDPModule, FullyShardedDataParallel))]
+
+
+def _reshard(unit: FSDPModule | FullyShardedDataParallel) -> None:
+    """Give up a unit's gathered weights; FSDP1 has no public way, and its root keeps them after an evaluation."""
+    if isinstance(unit, FSDPModule):
+        unit.reshard()
+        return
+    handle = unit._handle
+    if handle is None or not handle.uses_sharded_strategy or not hasattr(handle.flat_param, "_local_shard"):
+        return  # nothing of its own, every rank whole, or not run yet
+    handle.reshard(free_unsharded_flat_param=True)
+    handle.post_reshard()
+    handle._prefetched = False
+
+
+def refuse_part_of_flat(model: nn.Module, scope: Any) -> None:
+    """FSDP1 without original parameters has one tensor a unit: it can only be reset whole."""
+    if scope != "all" and any(isinstance(p, FlatParameter) for p in model.parameters()):
+        raise UnsupportedError(
+            f"`scope` {scope!r} is not supported under FSDP1 without original parameters, where a unit is one flat "
+            'parameter. Set `fsdp_use_orig_params: true` in the accelerate config, choose `scope="all"`, or move to '
+            "`fsdp_version: 2`."
+        )
+
+
+def refuse_lost_state(model: nn.Module, optimizer: Any) -> None:
+    """At a resume: under FSDP1, accelerate loads from a sharded checkpoint what a new optimizer has, nothing."""
+    raw = unwrapped_optimizer(optimizer)
+    if not any(isinstance(unit, FullyShardedDataParallel) for unit in _fsdp_units(model)) or raw is None or raw.state:
+        return
+    groups = [group for group in raw.param_groups if any(p.numel() for p in group["params"])]
+    if any(group.get("momentum") != 0 for group in groups):  # SGD without momentum has no state
+        raise UnsupportedError(
+            f"The state of {type(raw).__name__} was not loaded from the checkpoint, so the run would not go on as it "
+            "was: under FSDP1 accelerate loads it from whole checkpoints only. Set `fsdp_state_dict_type: "
+            "FULL_STATE_DICT` and start anew, or move to `fsdp_version: 2`."
+        )
 
 
 def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
     """Say in words what cannot be done, on every rank alike, before anything is stored."""
-    modules = list(model.modules())
-    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
-        raise UnsupportedError(
-            "Resets under FSDP1 are not supported: its flat parameters keep gathered copies that would hide a "
-            "reset. Set `fsdp_version: 2` in the accelerate config (or `version: 2` in `fsdp_config`)."
-        )
     refuse_unsupported_zero(parameters, optimizer)
     sharded = [name for name, p in parameters.items() if isinstance(p, DTensor)]
-    if sharded and not any(isinstance(module, FSDPModule) for module in modules):
+    if sharded and not any(isinstance(unit, FSDPModule) for unit in _fsdp_units(model)):
         raise UnsupportedError(
             f"Parameter {sharded[0]!r} is a DTensor outside FSDP2 (tensor parallelism, or a model sharded at load "
             "time), where resets are not supported. Launch with DDP or FSDP2."

@@ -31,7 +31,7 @@ class ResetTrainerMixin:
         - `reset/count`, `reset/anchor_step`, `reset/anchor_metric`, `reset/distance` (that the last reset
           moved) and `reset/steps_since` in the logs, and so in TensorBoard, W&B and the rest.
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
-          scaler is active, DeepSpeed runs the step, or the optimizer state is kept. The batch is consumed and
+          scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
 
     Raises:
@@ -108,6 +108,7 @@ class ResetTrainerMixin:
             and callback.config.optimizer_state != "keep"
             and accelerator.scaler is None
             and not self.is_deepspeed_enabled  # pyright: ignore[reportAttributeAccessIssue]
+            and callback.store.is_sharded == callback.store.is_distributed  # FSDP1 wants its backward
         )
 
     def _running_loss(self) -> Tensor:

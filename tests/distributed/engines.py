@@ -1,4 +1,4 @@
-"""Run by torchrun: training under DDP and FSDP2 on gloo; see test_ddp_fsdp.py for what must come of it."""
+"""Run by torchrun: training under DDP, FSDP2 and FSDP1 on gloo; see test_ddp_fsdp.py for what must come of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 from tiny import TRAIN, VALIDATION, arguments, bert
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from worker import FSDP, Weights, fresh_state, fsdp_on_cpu, run_checks, whole
+from worker import FSDP, FSDP1, Weights, fresh_state, fsdp1_on_cpu, fsdp_on_cpu, run_checks, whole
 
 from hf_reset import ResetTrainer, ResetTrainingArguments
+from hf_reset.errors import AnchorFileError, UnsupportedError
 
-MODES = {"ddp": {}, "fsdp": FSDP}
+MODES = {"ddp": {}, "fsdp": FSDP, "fsdp1": FSDP1}
 RESETS = {"reset_probability": 0.5, "reset_patience": 0}
 # Without the first, Trainer scales a loss that ignores `num_items_in_batch` by the number of processes. Without the
 # second, Adam makes a full step of what should be no gradient at all (that of the keys' biases) and is rounding.
@@ -192,8 +194,48 @@ def taken_up(mode, folder: Path):
     return {"anchor": taken.anchor, "trail": trail(trainer), "said": said, "end": whole(trainer.model)}
 
 
+def flat(folder: Path):
+    """FSDP1 without original parameters: a unit is one flat parameter."""
+    config = {**FSDP1["fsdp_config"], "use_orig_params": False}
+    found = {"layouts": [], "refused": None}
+    for name, mode in (("flat", {"fsdp_config": config}), ("original", {})):
+        weights = Weights()
+        # One group of weights without decay: a flat parameter cannot tell a bias from a matrix.
+        trainer = trainer_for(folder / name, "fsdp1", dropout=0.0, callbacks=[weights], weight_decay=0.0, **mode)
+        trainer.train()
+        found[name] = (weights.after_step, weights.evaluated, trainer.reset_callback.events)
+        found["layouts"].append(any(isinstance(p, FlatParameter) for p in trainer.model.parameters()))
+    try:
+        trainer_for(folder / "head", "fsdp1", fsdp_config=config, reset_scope="head").train()
+    except UnsupportedError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def lost_state(folder: Path):
+    """FSDP1 with sharded checkpoints: accelerate loads no optimizer state, and the run could not go on as it was."""
+    config = {**FSDP1["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    saving = {"fsdp_config": config, "save_strategy": "steps", "save_steps": 3}
+    trainer_for(folder, "fsdp1", max_steps=3, **saving).train()
+    try:
+        trainer_for(folder, "fsdp1", max_steps=6, **saving).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    except UnsupportedError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
+def other_world(folder: Path):
+    """A checkpoint of four processes under FSDP1, whose shares are flat."""
+    checkpoint = str(Path(os.environ["OF_FOUR"]) / "fsdp1-saved" / "checkpoint-6")
+    try:
+        trainer_for(folder, "fsdp1", max_steps=9).train(resume_from_checkpoint=checkpoint)
+    except AnchorFileError as error:
+        return {"refused": str(error)}
+    return {"refused": None}
+
+
 def checks():
-    each = {}
+    each = {"fsdp1-flat": flat, "fsdp1-lost-state": lost_state, "fsdp1-other-world": other_world}
     for mode in MODES:
         each[f"{mode}-trajectory"] = partial(trajectory, mode)
         each[f"{mode}-resume-all"] = partial(resume, mode, "all", (3, 6, 9, 12))
@@ -209,5 +251,6 @@ def checks():
 if __name__ == "__main__":
     if "ON_GPU" not in os.environ:
         fsdp_on_cpu()
+        fsdp1_on_cpu()
     torch.set_num_threads(1)
     run_checks(checks())

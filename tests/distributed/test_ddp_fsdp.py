@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in two and four gloo processes: they train alike, agree, resume exactly, and never talk in a reset."""
+"""DDP, FSDP2 and FSDP1 in two and four gloo processes: they train alike, agree, resume, and never talk in a reset."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from launch import HERE, launch, results
 
 pytestmark = pytest.mark.distributed
 
-MODES = ("ddp", "fsdp")
-OF_TWO = ("trajectory", "resume-all", "resume-head", "held", "swapped", "collectives", "taken-up")
+MODES = ("ddp", "fsdp", "fsdp1")
+OF_TWO = ("trajectory", "resume-all", "resume-head", "held", "swapped", "collectives")
+RESHARDED = ("ddp", "fsdp")  # FSDP1's shares are flat, and belong to one number of processes
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,8 @@ def of_four(tmp_path_factory):
 def of_two(tmp_path_factory, of_four):
     folder = tmp_path_factory.mktemp("two")
     names = [f"{mode}-{check}" for mode in MODES for check in OF_TWO]
+    names += [f"{mode}-taken-up" for mode in RESHARDED]
+    names += ["fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
     return results(launch(HERE / "engines.py", folder, *names, OF_FOUR=str(of_four[0])), folder)
 
 
@@ -55,6 +58,7 @@ def test_each_mode_runs_on_its_own_engine(of_two, of_four):
     for ranks in (of_two, of_four[1]):
         assert found(ranks, "ddp-trajectory")["layout"] == "DistributedDataParallel"
         assert found(ranks, "fsdp-trajectory")["layout"] == "FSDP2"
+        assert found(ranks, "fsdp1-trajectory")["layout"] == "FullyShardedDataParallel"
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -70,9 +74,10 @@ def test_several_processes_train_as_one_with_the_same_global_batch(of_two, of_fo
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_fsdp_equals_ddp(of_two, of_four, processes):
+@pytest.mark.parametrize("mode", ["fsdp", "fsdp1"])
+def test_fsdp_equals_ddp(of_two, of_four, mode, processes):
     ranks = of_two if processes == 2 else of_four[1]
-    ddp, fsdp = found(ranks, "ddp-trajectory"), found(ranks, "fsdp-trajectory")
+    ddp, fsdp = found(ranks, "ddp-trajectory"), found(ranks, f"{mode}-trajectory")
     assert decisions(ddp) == decisions(fsdp)
     if processes == 2:  # a sum of two has one order
         assert all(same(ddp["after_step"][step], fsdp["after_step"][step]) for step in ddp["after_step"])
@@ -150,17 +155,17 @@ def test_a_step_with_a_reset_issues_as_many_collectives_as_one_without(of_two, m
         assert sum(kind == "reset" for kind, _, _ in trail) >= 3
         assert all(sum(counts.values()) > 0 for counts in plain.values())
         assert with_resets == plain  # by operation and step, the steps after a reset too
-        expected = {"ddp": "c10d::allreduce_", "fsdp": "c10d::_reduce_scatter_base_"}[mode]
+        expected = "c10d::allreduce_" if mode == "ddp" else "c10d::_reduce_scatter_base_"
         assert all(counts[expected] > 0 for counts in plain.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_a_skipped_step_issues_none(of_two, mode):
     steps, trail = found(of_two, f"{mode}-collectives")["skipping"]
     assert all(steps[step] == {} for kind, step, _ in trail if kind == "reset")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RESHARDED)
 def test_another_number_of_processes_takes_up_the_same_anchor(of_two, of_four, mode):
     four, two = found(of_four[1], f"{mode}-saved"), found(of_two, f"{mode}-taken-up")
     assert any(key.startswith("optimizer/exp_avg/") for key in four["anchor"])
@@ -170,3 +175,37 @@ def test_another_number_of_processes_takes_up_the_same_anchor(of_two, of_four, m
     (said,) = two["said"]
     assert "Resuming with 2 processes a run of 4" in said
     assert "eval_loss" in said
+
+
+def test_fsdp1_refuses_another_number_of_processes_with_the_remedy(of_two):
+    for rank, checks in enumerate(of_two):
+        refused = checks["fsdp1-other-world"]["refused"]
+        assert "written by 4 processes, and this run has 2" in refused, rank
+        assert "resume with 4 processes" in refused
+
+
+def test_a_flat_parameter_is_reset_whole(of_two):
+    run = found(of_two, "fsdp1-flat")
+    assert run["layouts"] == [True, False]
+    after_step, evaluated, events = run["flat"]
+    assert [event["kind"] for event in events].count("reset") >= 3
+    for event in events:
+        if event["kind"] == "reset":
+            reset, anchor = after_step[event["step"] + 1], evaluated[event["anchor_step"]][1]
+            assert reset.keys() == run["original"][0][1].keys()
+            assert same(reset, anchor)
+    assert all(same(after_step[step], run["original"][0][step]) for step in after_step)
+
+
+def test_a_part_of_a_flat_parameter_is_refused_in_words(of_two):
+    for checks in of_two:
+        refused = checks["fsdp1-flat"]["refused"]
+        assert "`scope` 'head' is not supported under FSDP1 without original parameters" in refused
+        assert "fsdp_use_orig_params: true" in refused
+
+
+def test_fsdp1_refuses_to_go_on_without_its_optimizer_state(of_two):
+    for checks in of_two:
+        refused = checks["fsdp1-lost-state"]["refused"]
+        assert "The state of AdamW was not loaded from the checkpoint" in refused
+        assert "fsdp_state_dict_type: FULL_STATE_DICT" in refused

@@ -6,12 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from launch import HERE, launch
 from recipe import launcher_environment
-
-from hf_reset import AnchorStore
-from hf_reset.errors import UnsupportedError
 
 RECIPES = HERE.parent.parent / "recipes"
 SHORT = [
@@ -103,16 +99,3 @@ def python_for(engine):
     if done.returncode != 0:
         pytest.skip(f"DeepSpeed does not install here: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout.strip().splitlines()[-1]
-
-
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # one process has all
-def test_fsdp1_is_refused_in_words():
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = FullyShardedDataParallel(torch.nn.Linear(4, 4), use_orig_params=True, device_id=torch.device("cpu"))
-        with pytest.raises(UnsupportedError, match=r"FSDP1 are not supported.*`fsdp_version: 2`"):
-            AnchorStore(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    finally:
-        torch.distributed.destroy_process_group()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_reset.ranks import part
+from hf_reset.scopes import named_parameters, unwrapped
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -36,6 +38,20 @@ def fsdp_on_cpu() -> None:
             self.fsdp_plugin = plugin
 
     state.AcceleratorState.__init__ = patched
+
+
+def fsdp1_on_cpu() -> None:
+    """Test-only, after `fsdp_on_cpu`: FSDP1 takes "cpu:0" for another device than "cpu", and "copies" state dicts
+    to the CPU, which on a CPU leaves them in memory that it frees or gathers into again."""
+    import torch.distributed.fsdp._init_utils as init
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig
+
+    original = init._get_device_from_device_id
+    init._get_device_from_device_id = lambda device, *args: (
+        torch.device("cpu") if torch.device(device).type == "cpu" else original(device, *args)
+    )
+    for config in (FullStateDictConfig, FullOptimStateDictConfig):
+        config.offload_to_cpu = property(lambda self: False, lambda self, value: None)
 
 
 def deepspeed_on_cpu() -> None:
@@ -66,6 +82,18 @@ FSDP = {
     },
 }
 
+FSDP1 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 1,
+        "use_orig_params": True,
+        "sync_module_states": False,
+        "cpu_ram_efficient_loading": False,
+        "transformer_layer_cls_to_wrap": ["BertLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
 
 def fresh_state() -> None:
     """Let the next Trainer choose its engine anew; the process group stays."""
@@ -79,6 +107,9 @@ def fresh_state() -> None:
 
 def whole(model) -> dict[str, torch.Tensor]:
     """The whole weights that the next forward reads, on every rank (a collective where they are sharded)."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {name: p.detach().clone() for name, p in named_parameters(unwrapped(model)).items()}
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
