@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tiny import TRAIN, VALIDATION, arguments, bert
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from worker import FSDP, FSDP1, Weights, fresh_state, fsdp1_on_cpu, fsdp_on_cpu, run_checks, whole
+from worker import FSDP, FSDP1, Counted, Weights, fresh_state, fsdp1_on_cpu, fsdp_on_cpu, run_checks, whole
 
 from hf_reset import ResetTrainer, ResetTrainingArguments
 from hf_reset.errors import AnchorFileError, UnsupportedError
@@ -120,22 +119,6 @@ def swapped(mode, folder: Path):
     swap.store = lambda: trainer.reset_callback.store
     trainer.train()
     return {"seen": swap.seen, "evaluated": weights.evaluated, "events": trainer.reset_callback.events}
-
-
-class Counted(TrainerCallback):
-    """Collective operations issued in each step, from its first forward to after its update and reset."""
-
-    def __init__(self):
-        self.steps, self._profile = {}, None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        self._profile.start()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._profile.stop()
-        names = [event.name for event in self._profile.events() if event.name.startswith("c10d::")]
-        self.steps[state.global_step - 1] = dict(Counter(names))
 
 
 def collectives(mode, folder: Path):

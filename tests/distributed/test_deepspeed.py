@@ -106,6 +106,15 @@ def test_resume_is_exact(ranks, config):
                 assert all(torch.equal(live[key], straight[key]) for key in live), (step, later)
 
 
+@pytest.mark.parametrize("config", RESUMED)
+def test_a_step_with_a_reset_issues_as_many_collectives_as_one_without(ranks, config):
+    for run in found(ranks, f"collectives-{config}"):
+        plain, (with_resets, trail) = run["plain"][0], run["reset"]
+        assert sum(kind == "reset" for kind, _, _ in trail) >= 3
+        assert all(sum(counts.values()) > 0 for counts in plain.values())
+        assert with_resets == plain  # by operation and step, the steps after a reset too
+
+
 def test_resets_decide_as_under_ddp(ranks):
     """ZeRO-1 in float32 and ZeRO-3 see the same losses, and the draws know nothing of the engine."""
     one, three = found(ranks, "resume-z1-fp32")[0], found(ranks, "resume-z3-fp32")[0]

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,22 @@ class Weights(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         self.evaluated[state.global_step] = (metrics.get("eval_loss"), whole(kwargs["model"]))
+
+
+class Counted(TrainerCallback):
+    """Collective operations issued in each step, from its first forward to after its update and reset."""
+
+    def __init__(self):
+        self.steps, self._profile = {}, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._profile.stop()
+        names = [event.name for event in self._profile.events() if event.name.startswith("c10d::")]
+        self.steps[state.global_step - 1] = dict(Counter(names))
 
 
 def run_checks(checks: dict[str, Callable[[Path], Any]]) -> None:

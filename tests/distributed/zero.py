@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny import TRAIN, VALIDATION, arguments, bert
 from transformers import TrainerCallback
-from worker import deepspeed_on_cpu, fresh_state, run_checks
+from worker import Counted, deepspeed_on_cpu, fresh_state, run_checks
 
 from hf_reset import AnchorStore, ResetTrainer, ResetTrainingArguments
 from hf_reset.errors import UnsupportedError
@@ -175,6 +175,18 @@ def resume(name: str, folder: Path):
     return found
 
 
+def collectives(name: str, folder: Path):
+    """Operations issued in each step, without and with resets."""
+    found = {}
+    for arm, probability in (("plain", 0.0), ("reset", 0.5)):
+        counted = Counted()
+        trainer, _ = trainer_for(folder / arm, name, reset_probability=probability)
+        trainer.add_callback(counted)
+        trainer.train()
+        found[arm] = (counted.steps, trail(trainer))
+    return found
+
+
 def refusals(folder: Path):
     """What cannot be right is said, in words, on every rank."""
     said = {}
@@ -231,6 +243,7 @@ def checks():
     each = {f"exact-{name}-{scope}": partial(exact, name, scope) for name in CONFIGS for scope in ("all", "head")}
     for name in ("z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16"):
         each[f"resume-{name}"] = partial(resume, name)
+        each[f"collectives-{name}"] = partial(collectives, name)
     return each | {"refusals": refusals, "other-world": other_world}
 
 
