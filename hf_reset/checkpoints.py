@@ -76,11 +76,28 @@ def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
         state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if world_size > 1 and any(directory.glob("rng_state_*.pth")):
-        states = [directory / f"rng_state_{rank}.pth" for rank in range(world_size)]
-        if not all(path.is_file() and zipfile.is_zipfile(path) for path in states):
-            return False
-    return _anchors_are_whole(directory, expected=bool(reset_records(state.get("log_history", []))))
+    if not _anchors_are_whole(directory, expected=bool(reset_records(state.get("log_history", [])))):
+        return False
+    if world_size == 1 or not any(directory.glob("rng_state_*.pth")):
+        return True
+    # More processes than wrote it find no random state for some of them, and start those from the seed.
+    states = [directory / f"rng_state_{rank}.pth" for rank in range(min(world_size, _writers(directory) or world_size))]
+    return all(path.is_file() and zipfile.is_zipfile(path) for path in states)
+
+
+def _writers(directory: Path) -> int | None:
+    """How many processes wrote a checkpoint, as its anchor says; None where it has none. The anchor is whole."""
+    if (directory / _DISTRIBUTED).is_dir():
+        from hf_reset.sharded_anchor import read_shared_header
+
+        header = read_shared_header(directory / _DISTRIBUTED)[0]
+    else:
+        file = next(directory.glob("reset_anchor*.safetensors"), None)
+        if file is None:
+            return None
+        with safe_open(file, framework="numpy") as anchor:  # pyright: ignore[reportPrivateImportUsage]
+            header = anchor.metadata() or {}
+    return json.loads(header.get("metadata", "{}")).get("world_size")
 
 
 def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:

@@ -21,7 +21,8 @@ def checkpoint(directory, *, trail=TRAIL, ranks=1, sharded=False):
         name = f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
         torch.save({"cpu": torch.random.get_rng_state()}, directory / name)
         if trail and (sharded or rank == 0):
-            anchor.save(anchor_file(directory, rank=rank, world_size=ranks, sharded=sharded))
+            place = anchor_file(directory, rank=rank, world_size=ranks, sharded=sharded)
+            anchor.save(place, {"world_size": ranks})
     return directory
 
 
@@ -51,6 +52,13 @@ def test_any_missing_or_truncated_file_is_seen(tmp_path, breaking):
     directory = checkpoint(tmp_path / "c", ranks=2, sharded=True)
     breaking(directory)
     assert not is_whole(directory, world_size=2)
+
+
+def test_more_processes_than_wrote_it_may_take_it_up(tmp_path):
+    directory = checkpoint(tmp_path / "c", ranks=2)
+    assert is_whole(directory, world_size=4)
+    (directory / "rng_state_1.pth").unlink()
+    assert not is_whole(directory, world_size=4)
 
 
 def test_a_run_without_an_anchor_yet_needs_no_anchor_file(tmp_path):

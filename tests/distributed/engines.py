@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from worker import FSDP, FSDP1, Counted, Weights, fresh_state, fsdp1_on_cpu, fsdp_on_cpu, run_checks, whole
 
-from hf_reset import ResetTrainer, ResetTrainingArguments
+from hf_reset import ResetTrainer, ResetTrainingArguments, last_whole_checkpoint
 from hf_reset.errors import AnchorFileError, UnsupportedError
 
 MODES = {"ddp": {}, "fsdp": FSDP, "fsdp1": FSDP1}
@@ -151,7 +151,8 @@ def saved(mode, folder: Path):
     """Checkpoints for another number of processes to take up."""
     trainer = trainer_for(folder, mode, save_strategy="steps", save_steps=3, max_steps=6)
     trainer.train()
-    return {"layout": layout(trainer), "anchor": anchored(trainer), "trail": trail(trainer)}
+    newest = {world: last_whole_checkpoint(folder, world_size=world) for world in (2, 8)}
+    return {"layout": layout(trainer), "anchor": anchored(trainer), "trail": trail(trainer), "newest": newest}
 
 
 class Taken(TrainerCallback):

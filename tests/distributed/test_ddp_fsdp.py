@@ -170,6 +170,7 @@ def test_another_number_of_processes_takes_up_the_same_anchor(of_two, of_four, m
     four, two = found(of_four[1], f"{mode}-saved"), found(of_two, f"{mode}-taken-up")
     assert any(key.startswith("optimizer/exp_avg/") for key in four["anchor"])
     assert same({k: v.float() for k, v in four["anchor"].items()}, {k: v.float() for k, v in two["anchor"].items()})
+    assert all(directory.endswith("checkpoint-6") for directory in four["newest"].values())
     assert two["trail"][: len(four["trail"])] == four["trail"]
     assert any(kind == "reset" and step >= 6 for kind, step, _ in two["trail"])
     (said,) = two["said"]
