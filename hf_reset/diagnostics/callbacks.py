@@ -22,6 +22,7 @@ from transformers import (
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.metrics.functions import label_memory
+from hf_reset.scopes import unwrapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,7 +137,8 @@ def _default_collator(processing_class: Any) -> Callable[[list[dict[str, Any]]],
 
 def _accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
     """The columns that the model's forward names, without labels (no loss is wanted)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = unwrapped(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
     named = inspect.signature(base.forward).parameters  # type: ignore[union-attr]
     accepted = [name for name in columns if name in named and name not in (*_LABEL_COLUMNS, "label_ids")]
     if not accepted:

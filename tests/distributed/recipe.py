@@ -14,7 +14,7 @@ import runpy
 import sys
 
 import torch
-from worker import deepspeed_on_cpu, fsdp_on_cpu
+from worker import deepspeed_on_cpu, fsdp1_on_cpu, fsdp_on_cpu
 
 
 def launcher_environment(config: str, *options: str) -> dict[str, str]:
@@ -45,6 +45,8 @@ if __name__ == "__main__":
         deepspeed_on_cpu()
     else:
         fsdp_on_cpu()
+        if os.environ.get("FSDP_VERSION") == "1":
+            fsdp1_on_cpu()
         options += ["--use_cpu", "true"]
     torch.set_num_threads(1)
     sys.argv = [script, *options]
