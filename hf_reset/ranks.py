@@ -5,6 +5,7 @@ With one process, or where `torch.distributed` is not at work, nothing is said a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,10 @@ def part() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # Threads of gloo outlive the group where DDP or a device mesh holds it. One that is letting go of its last
+        # tensor waits for the interpreter, and std::terminate follows if that has begun to shut down (pytorch
+        # #190489): leave it free for a moment.
+        time.sleep(0.2)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def launcher_environment(config: str, *options: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     faulthandler.dump_traceback_later(float(os.environ.get("CHECK_SECONDS", "300")), exit=True)  # say where it hangs
     config, script, *options = sys.argv[1:]
     mine = launcher_environment(config, "--mixed_precision", "no")

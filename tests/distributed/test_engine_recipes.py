@@ -12,6 +12,7 @@ from launch import HERE, launch
 from recipe import launcher_environment
 
 RECIPES = HERE.parent.parent / "recipes"
+ENGINES = ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.deepspeed) for name in ("zero2", "zero3"))]
 SHORT = [
     "--max_steps",
     "6",
@@ -72,7 +73,7 @@ def run_recipe(engine, recipe, options, python=sys.executable):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_text_recipe_runs_by_changing_only_the_configuration(engine, rows, tmp_path):
     options = ["--train_file", rows / "texts.jsonl", "--vocab_size", "100", "--output_dir", tmp_path]
     run_recipe(engine, "text_classification", options, python=python_for(engine))
@@ -97,7 +98,7 @@ def test_the_text_recipe_runs_under_fsdp1(rows, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_instruction_recipe_runs_by_changing_only_the_configuration(engine, rows, tmp_path):
     few = ["--max_train_samples", "60", "--max_eval_samples", "16", "--max_predict_samples", "16"]
     few += ["--generation_samples", "2", "--max_new_tokens", "2", "--memory_samples", "8", "--base_steps", "2"]

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two GPUs, as on two gloo processes. Skipped in words where there are none."""
+"""DDP, FSDP2 and FSDP1 on two GPUs, as on two gloo processes. Skipped in words where there are none."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp1"])
 def test_nccl_resumes_exactly_and_talks_in_no_reset(tmp_path, mode):
     names = [f"{mode}-resume-all", f"{mode}-held", f"{mode}-collectives"]
     for checks in results(launch(HERE / "engines.py", tmp_path, *names, ON_GPU="1"), tmp_path):

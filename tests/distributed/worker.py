@@ -151,6 +151,7 @@ def run_checks(checks: dict[str, Callable[[Path], Any]]) -> None:
 
     Names on the command line, after the folder, choose among them.
     """
+    faulthandler.enable()
     faulthandler.dump_traceback_later(float(os.environ.get("CHECK_SECONDS", "300")), exit=True)  # say where it hangs
     folder, chosen = Path(sys.argv[1]), sys.argv[2:] or list(checks)
     found = {}
