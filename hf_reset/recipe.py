@@ -10,7 +10,9 @@ import difflib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback, TrainingArguments
 
+    from hf_reset.diagnostics.best_weights import BestWeightsCallback
     from hf_reset.report.results import Results
 
 _FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
@@ -429,6 +432,72 @@ def resume_point(training: Any, args: Any) -> str | None:
     if training.resume_from_checkpoint is None:
         return None
     return last_whole_checkpoint(args.output_dir or "", world_size=args.world_size)
+
+
+def best_weights(args: Any) -> BestWeightsCallback:
+    """Keeps a run's best evaluated weights, which both arms are measured by; in a file too, where the run saves."""
+    from hf_reset.diagnostics.best_weights import BestWeightsCallback
+
+    path = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
+    return BestWeightsCallback(args.reset_config(), path=path)
+
+
+def train_run(trainer: Any, training: Any) -> dict[str, Any]:
+    """Train one run, from where it was if the study is taken up again, and say what it cost.
+
+    Args:
+        trainer: of the run.
+        training: the study's arguments.
+
+    Returns:
+        ``train_seconds``, and ``peak_memory_bytes``.
+    """
+    from transformers import PrinterCallback
+
+    from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
+
+    trainer.remove_callback(PrinterCallback)  # where there is no terminal: raw dicts, beside our own lines
+    reset_peak_memory(trainer.args.device)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume_point(training, trainer.args))
+    seconds = time.perf_counter() - start
+    return {"train_seconds": seconds, "peak_memory_bytes": peak_memory_bytes(trainer.args.device)}
+
+
+def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) -> dict[str, Any]:
+    """What happened on the way, for a run's record.
+
+    Args:
+        trainer: a `ResetTrainer`, after training.
+        best: see :func:`best_weights`.
+        curves: name of a curve in the record to its key in the log history; those without a point are left out.
+    """
+    from hf_reset.report.results import series
+
+    callback, log = trainer.reset_callback, trainer.state.log_history
+    return {
+        "resets": callback.reset_state.resets,
+        "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
+        "steps": trainer.state.global_step,
+        "best_step": best.step,
+        "best_metric": best.best,
+        "history": {name: curve for name, key in curves.items() if (curve := series(log, key))},
+    }
+
+
+def save_final_model(trainer: Any, finish: str, best: BestWeightsCallback, path: str) -> None:
+    """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as ``reset_finish`` says.
+
+    Args:
+        trainer: a `ResetTrainer`, after training.
+        finish: the study's ``reset_finish``.
+        best: see :func:`best_weights`.
+        path: directory to save to.
+    """
+    store = trainer.reset_callback.store
+    anchor = store.swapped() if store is not None and store.is_set else best.swapped()
+    with anchor if finish == "anchor" else nullcontext():
+        save_whole_model(trainer, path)
 
 
 def _config_parser() -> argparse.ArgumentParser:

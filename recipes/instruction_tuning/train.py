@@ -369,16 +369,12 @@ def train_and_measure(
     callbacks: list[Any],
 ) -> dict[str, Any]:
     """Train one arm from one seed; then measure the last weights and the best evaluated ones."""
-    import time
-
     from transformers import set_seed
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from hf_reset import select_parameters
-    from hf_reset.diagnostics.best_weights import BestWeightsCallback
     from hf_reset.diagnostics.responses import ResponseCurvesCallback, response_memory
-    from hf_reset.recipe import arguments_of, fresh_engine, resume_point
-    from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
+    from hf_reset.recipe import arguments_of, best_weights, fresh_engine, save_final_model, train_run
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -389,18 +385,14 @@ def train_and_measure(
     if training.reset_config().can_reset:
         select_parameters(model, training.reset_config().scope)  # refused before the plain arm, not after it
     memory = (splits["given"], splits["clean"]) if "given" in splits else None
-    best_file = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
-    best = BestWeightsCallback(args.reset_config(), path=best_file)
+    best = best_weights(args)
     curves = ResponseCurvesCallback(splits["test"], *(few(part, options.memory_samples) for part in memory or ()))
     trainer: Any = build_trainer(options, args, model, tokenizer, splits, [best, curves, *callbacks])
     size = args.per_device_eval_batch_size
     # Under ZeRO-3 the weights are shares from the moment they are loaded, and nothing gathers them before training.
     at_start = None if is_deepspeed_zero3_enabled() else memory
     record: dict[str, Any] = {"response_memory_start": at_start and response_memory(model, *at_start, batch_size=size)}
-    reset_peak_memory(args.device)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume_point(training, args))
-    record |= {"train_seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory_bytes(args.device)}
+    record |= train_run(trainer, training)
     record |= measure(options, trainer, data, splits, tokenizer, "last")
     with best.swapped():
         record |= measure(options, trainer, data, splits, tokenizer, "best")
@@ -487,34 +479,17 @@ def measure(
 
 def trajectory(trainer: Any, data: InstructionData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, the size of the anchor, and the curves of the figure."""
-    from hf_reset.report.results import series
+    from hf_reset.recipe import outcome
 
-    callback, log = trainer.reset_callback, trainer.state.log_history
+    store = trainer.reset_callback.store
     curves = {"validation_loss": "eval_loss", "clean_loss": "clean_loss", "response_memory": "response_memory"}
     return {
-        "resets": callback.reset_state.resets,
-        "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
-        "steps": trainer.state.global_step,
-        "best_step": best.step,
-        "best_metric": best.best,
+        **outcome(trainer, best, curves),
         "train_rows": len(data.train),
         "train_corrupted": len(data.corrupted),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "anchor_bytes": callback.store.nbytes if callback.store is not None else 0,
-        "history": {name: curve for name, key in curves.items() if (curve := series(log, key))},
+        "anchor_bytes": store.nbytes if store is not None else 0,
     }
-
-
-def save_final_model(trainer: Any, finish: str, best: Any, path: str) -> None:
-    """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as `reset_finish` says."""
-    from contextlib import nullcontext
-
-    from hf_reset.recipe import save_whole_model
-
-    store = trainer.reset_callback.store
-    anchor = store.swapped() if store is not None and store.is_set else best.swapped()
-    with anchor if finish == "anchor" else nullcontext():
-        save_whole_model(trainer, path)
 
 
 def write_report(options: InstructionTuningArguments, results: Results) -> None:

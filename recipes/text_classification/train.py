@@ -243,14 +243,10 @@ def train_and_measure(
     callbacks: list[Any],
 ) -> dict[str, Any]:
     """Train one arm from one seed; the test is read at the very end, by the last weights and by the best."""
-    import time
-
-    from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
+    from transformers import DataCollatorWithPadding, set_seed
 
     from hf_reset import ResetTrainer
-    from hf_reset.diagnostics.best_weights import BestWeightsCallback
-    from hf_reset.recipe import arguments_of, fresh_engine, resume_point
-    from hf_reset.report.results import peak_memory_bytes, reset_peak_memory
+    from hf_reset.recipe import arguments_of, best_weights, fresh_engine, save_final_model, train_run
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -258,8 +254,7 @@ def train_and_measure(
     tokenizer = build_tokenizer(options, list(data.train["text"]))
     model = build_model(options, tokenizer, data.names)
     splits = {name: tokenize(getattr(data, name), tokenizer, options) for name in ("train", "validation", "test")}
-    best_file = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
-    best = BestWeightsCallback(args.reset_config(), path=best_file)
+    best = best_weights(args)
     watch = memory_callbacks(splits["train"], args, options.memory_samples) if len(data.mislabelled) else []
     trainer = ResetTrainer(
         model=model,
@@ -271,12 +266,7 @@ def train_and_measure(
         compute_metrics=validation_metrics(data),
         callbacks=[best, *watch, *callbacks],
     )
-    trainer.remove_callback(PrinterCallback)  # where there is no terminal: raw dicts, beside our own lines
-    reset_peak_memory(args.device)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume_point(training, args))
-    seconds = time.perf_counter() - start
-    record = {"train_seconds": seconds, "peak_memory_bytes": peak_memory_bytes(args.device)}
+    record = train_run(trainer, training)
     record |= measure(trainer, data, splits, "last")
     with best.swapped():
         record |= measure(trainer, data, splits, "best")
@@ -365,43 +355,24 @@ def measure(
 
 def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, and the curves of the figure."""
-    from hf_reset.report.results import series
+    from hf_reset.recipe import outcome
 
-    callback = trainer.reset_callback
-    assert callback is not None
-    log = trainer.state.log_history
-    history = {
-        "validation_loss": series(log, "eval_loss"),
-        "validation_accuracy": series(log, "eval_accuracy"),
-        "clean_accuracy": series(log, "eval_clean_accuracy"),
-        "label_memory": series(log, "memory/wrong"),
+    curves = {
+        "validation_loss": "eval_loss",
+        "validation_accuracy": "eval_accuracy",
+        "clean_accuracy": "eval_clean_accuracy",
+        "label_memory": "memory/wrong",
     }
-    at_best = [value for step, value in history["validation_accuracy"] if step == best.step]
+    record = outcome(trainer, best, curves)
+    at_best = [value for step, value in record["history"].get("validation_accuracy", []) if step == best.step]
     clean = [label for label in data.validation["clean_label"] if label >= 0]
     return {
-        "resets": callback.reset_state.resets,
-        "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
-        "steps": trainer.state.global_step,
-        "best_step": best.step,
-        "best_metric": best.best,
+        **record,
         "validation_accuracy_best": at_best[0] if at_best else None,
         "validation_labels_right": 1 - sum(data.validation["is_mislabelled"]) / len(clean) if clean else None,
         "train_rows": len(data.train),
         "train_mislabelled": len(data.mislabelled),
-        "history": {name: curve for name, curve in history.items() if curve},
     }
-
-
-def save_final_model(trainer: ResetTrainer, finish: str, best: Any, path: str) -> None:
-    """Save the last weights, or the anchor's (in the plain arm: the best evaluated), as `reset_finish` says."""
-    from contextlib import nullcontext
-
-    from hf_reset.recipe import save_whole_model
-
-    store = trainer.reset_callback.store if trainer.reset_callback is not None else None
-    anchor = store.swapped() if store is not None and store.is_set else best.swapped()
-    with anchor if finish == "anchor" else nullcontext():
-        save_whole_model(trainer, path)
 
 
 def write_report(options: TextClassificationArguments, results: Results) -> None:
