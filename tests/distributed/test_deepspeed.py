@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
 EXACT = [f"{stage}-{dtype}" for stage in ("z1", "z2", "z3", "z3_persistent") for dtype in ("fp32", "bf16")]
 OFFLOADED = ["z2_offload-fp32", "z3_offload-fp32"]
-RESUMED = ["z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16"]
+RESUMED = ["z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16", *OFFLOADED]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def python():
 @pytest.fixture(scope="module")
 def ranks(python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    return results(launch(HERE / "zero.py", folder, python=python), folder)
+    return results(launch(HERE / "zero.py", folder, python=python, timeout=480, CHECK_SECONDS="460"), folder)
 
 
 def found(ranks, name):
@@ -130,8 +130,9 @@ def test_what_cannot_be_right_is_refused_in_words(ranks):
         assert "Pass `optimizer`" in said["no optimizer"]
 
 
-def test_another_number_of_processes_is_refused_with_the_remedy(ranks):
-    for run in found(ranks, "other-world"):
+@pytest.mark.parametrize("config", ["z2-fp32", "z3-fp32"])
+def test_another_number_of_processes_is_refused_with_the_remedy(ranks, config):
+    for run in found(ranks, f"other-world-{config}"):
         kind, text = run["raised"]
         assert kind == "AnchorFileError"
         assert "reset_anchor-rank0-of-3.safetensors" in text

@@ -222,16 +222,16 @@ def refusals(folder: Path):
     return said
 
 
-def other_world(folder: Path):
+def other_world(name: str, folder: Path):
     """A checkpoint of two processes, taken up by another number of them."""
-    trainer, _ = trainer_for(folder, "z2-fp32", max_steps=3, save_strategy="steps", save_steps=3)
+    trainer, _ = trainer_for(folder, name, max_steps=3, save_strategy="steps", save_steps=3)
     trainer.train()
     if torch.distributed.get_rank() == 0:
         for rank in range(2):
             old = folder / "checkpoint-3" / f"reset_anchor-rank{rank}-of-2.safetensors"
             old.rename(old.with_name(f"reset_anchor-rank{rank}-of-3.safetensors"))
     torch.distributed.barrier()
-    again, _ = trainer_for(folder, "z2-fp32", max_steps=6)
+    again, _ = trainer_for(folder, name, max_steps=6)
     try:
         again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     except Exception as error:
@@ -241,10 +241,11 @@ def other_world(folder: Path):
 
 def checks():
     each = {f"exact-{name}-{scope}": partial(exact, name, scope) for name in CONFIGS for scope in ("all", "head")}
-    for name in ("z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16"):
+    for name in ("z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16", "z2_offload-fp32", "z3_offload-fp32"):
         each[f"resume-{name}"] = partial(resume, name)
         each[f"collectives-{name}"] = partial(collectives, name)
-    return each | {"refusals": refusals, "other-world": other_world}
+    each |= {f"other-world-{name}": partial(other_world, name) for name in ("z2-fp32", "z3-fp32")}
+    return each | {"refusals": refusals}
 
 
 if __name__ == "__main__":
