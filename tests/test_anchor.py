@@ -10,9 +10,13 @@ import time
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from schedulefree import AdamWScheduleFree
 from tiny import bert, equal, weights
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Adafactor
 
 from hf_reset import AnchorStore
@@ -396,10 +400,20 @@ def test_the_file_is_whole_at_any_moment_of_a_write(tmp_path):
 
 
 def test_schedule_free_optimizers_are_refused():
-    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     model = bert()
     with pytest.raises(UnsupportedError, match=r"AdamWScheduleFree is schedule-free.*adamw_torch"):
-        AnchorStore(model, schedulefree.AdamWScheduleFree(model.parameters()))
+        AnchorStore(model, AdamWScheduleFree(model.parameters()))
+
+
+def test_tensor_parallel_weights_are_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh, {"0": ColwiseParallel()})
+        with pytest.raises(UnsupportedError, match=r"'0.weight' is a DTensor outside FSDP2 \(tensor parallelism"):
+            AnchorStore(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_quantised_optimizer_state_cannot_be_zeroed():

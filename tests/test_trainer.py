@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TRAIN, VALIDATION, Recorder, arguments, bert, callback, equal, reset_run, steps_of, weights
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -109,10 +110,9 @@ def test_reset_figures_are_logged_and_reach_the_reporters(tmp_path):
 
 
 def test_tensorboard_has_the_figures(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     reset_run(tmp_path, report_to="tensorboard", **RESET)
     (run,) = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
-    accumulator = event_accumulator.EventAccumulator(str(run))
+    accumulator = EventAccumulator(str(run))
     accumulator.Reload()
     assert any(tag.endswith("reset/count") for tag in accumulator.Tags()["scalars"])
 
