@@ -83,10 +83,11 @@ def resume(mode, scope, at, folder: Path):
     }
 
 
-def held(mode, folder: Path):
+def held(mode, folder: Path, **more):
     """Reset at every step, evaluated after each: what the forward reads is the anchor, always."""
     weights = Weights()
-    trainer = trainer_for(folder, mode, callbacks=[weights], eval_steps=1, max_steps=6, reset_probability=1.0)
+    settings = {"eval_steps": 1, "max_steps": 6, "reset_probability": 1.0, **more}
+    trainer = trainer_for(folder, mode, callbacks=[weights], **settings)
     trainer.train()
     return {"evaluated": weights.evaluated, "events": trainer.reset_callback.events, "final": whole(trainer.model)}
 
@@ -225,6 +226,7 @@ def checks():
         each[f"{mode}-resume-all"] = partial(resume, mode, "all", (3, 6, 9, 12))
         each[f"{mode}-resume-head"] = partial(resume, mode, "head", (6, 12))
         each[f"{mode}-held"] = partial(held, mode)
+        each[f"{mode}-held-bf16"] = partial(held, mode, bf16=True)
         each[f"{mode}-swapped"] = partial(swapped, mode)
         each[f"{mode}-collectives"] = partial(collectives, mode)
         each[f"{mode}-saved"] = partial(saved, mode)

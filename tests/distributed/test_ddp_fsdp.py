@@ -8,7 +8,7 @@ from launch import HERE, launch, results
 pytestmark = pytest.mark.distributed
 
 MODES = ("ddp", "fsdp", "fsdp1")
-OF_TWO = ("trajectory", "resume-all", "resume-head", "held", "swapped", "collectives")
+OF_TWO = ("trajectory", "resume-all", "resume-head", "held", "held-bf16", "swapped", "collectives")
 RESHARDED = ("ddp", "fsdp")  # FSDP1's shares are flat, and belong to one number of processes
 
 
@@ -109,10 +109,11 @@ def test_training_ends_on_the_anchor(of_two, mode):
     assert same(run["final"], run["evaluated"][run["events"][-1]["anchor_step"]][1])
 
 
+@pytest.mark.parametrize("check", ["held", "held-bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluated_after_every_reset_the_forward_reads_the_anchor(of_two, mode):
+def test_evaluated_after_every_reset_the_forward_reads_the_anchor(of_two, mode, check):
     """FSDP keeps the root gathered after an evaluation: a reset must neither fail on it nor be hidden by it."""
-    run = found(of_two, f"{mode}-held")
+    run = found(of_two, f"{mode}-{check}")
     losses = {loss for loss, _ in run["evaluated"].values()}
     assert len(run["evaluated"]) == 6
     assert len(losses) == 1
