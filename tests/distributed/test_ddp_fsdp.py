@@ -118,8 +118,10 @@ def test_evaluated_after_every_reset_the_forward_reads_the_anchor(of_two, mode, 
     assert len(run["evaluated"]) == 6
     assert len(losses) == 1
     assert [event["kind"] for event in run["events"]] == ["anchor"] + ["reset"] * 5
-    assert all(same(weights, run["evaluated"][1][1]) for _, weights in run["evaluated"].values())
-    assert same(run["final"], run["evaluated"][1][1])
+    anchor = run["evaluated"][1][1]
+    assert all(same(weights, anchor) for _, weights in run["evaluated"].values())
+    # What the forward read of FSDP2's gathered root is in bf16; the weights at the end are in float32.
+    assert same({name: weight.to(anchor[name].dtype) for name, weight in run["final"].items()}, anchor)
 
 
 @pytest.mark.parametrize("mode", MODES)
