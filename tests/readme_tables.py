@@ -50,10 +50,15 @@ def _overhead(result: dict) -> str:
         "trainer": "ResetTrainer",
     }
     rows = [
-        [names[arm], f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})"]
+        [
+            names[arm],
+            f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})",
+            f"{result['hooks_in_stock_steps'][arm]:.5f}",
+        ]
         for arm, ratio in result["step_ratio_to_stock"].items()
     ]
-    steps = markdown_table(["arm", "median step, of the stock Trainer's (lowest to highest round)"], rows)
+    heading = ["arm", "median step, of the stock Trainer's (lowest to highest round)", "in its own hooks, in steps"]
+    steps = markdown_table(heading, rows)
     rows = [
         [
             f"`{scope}`",
