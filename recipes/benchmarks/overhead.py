@@ -76,10 +76,8 @@ def main() -> None:
     file = options.results / f"benchmark_overhead_{device.type}.json"
     write_atomic(file, json.dumps(result, indent=2) + "\n")
     for arm, values in ratios.items():
-        own = result["hooks_in_stock_steps"][arm]
-        print(
-            f"{arm:<14} {statistics.median(values):.3f} of stock ({min(values):.3f} to {max(values):.3f}), hooks {own:.5f}"
-        )
+        share = f"hooks {result['hooks_in_stock_steps'][arm]:.5f}"
+        print(f"{arm:<14} {statistics.median(values):.3f} of stock ({min(values):.3f} to {max(values):.3f}), {share}")
     for scope, cost in costs.items():
         print(
             f"{scope:<8} anchor {cost['anchor_bytes']:>12,} bytes; in stock steps: snapshot "
