@@ -97,6 +97,11 @@ class AnchorStore:
         return self._shards.distributed
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the shares are pieces of flat tensors (DeepSpeed, FSDP1): a file a rank, for one world size."""
+        return self.is_sharded and not self.is_distributed
+
+    @property
     def nbytes(self) -> int:
         """Bytes the anchor holds on this rank; before the first snapshot, those it would hold."""
         held = self._held or {key: value for key, value in self._live().items() if isinstance(value, Tensor)}

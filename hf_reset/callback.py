@@ -94,9 +94,9 @@ class StochasticResetCallback(TrainerCallback):
                     optimizer_state=self.config.optimizer_state,
                     storage=self.config.storage,
                 )
-        if state.global_step > 0:
-            with together():
+            if state.global_step > 0:
                 refuse_lost_state(kwargs["model"], kwargs["optimizer"])
+        if state.global_step > 0:
             # An evaluation before the first step (`eval_on_start`) would not have been there without the stop.
             self._observed_step = state.global_step
             self._resume(args, state)

@@ -206,6 +206,40 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[t
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
+def open_study(
+    recipe: str, options: RecipeArguments, training: Any, configuration: dict[str, Any]
+) -> tuple[Results, list[tuple[str, int]], Callable[[str], None]]:
+    """Where a study keeps its records, the runs it consists of, and how it tells of its progress (on one process).
+
+    Args:
+        recipe: its name.
+        options: the recipe's.
+        training: the trainer's arguments.
+        configuration: see :func:`parse_recipe`.
+
+    Raises:
+        ConfigError: ``load_best_model_at_end`` is set; or see :func:`planned_runs`; or the output directory has a
+            run in it that is not to be taken up.
+    """
+    from hf_reset.report.results import Results, environment_record
+
+    if training.load_best_model_at_end:
+        raise ConfigError(
+            "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
+            "it False; the best evaluated weights are kept in memory."
+        )
+    runs = planned_runs(options.seeds, compare=options.compare, resets=training.reset_config().can_reset)
+    results = Results(
+        training.output_dir,
+        recipe=recipe,
+        configuration=configuration,
+        environment=environment_record(training.device, processes=training.world_size),
+        resume=training.resume_from_checkpoint is not None,
+        write=training.should_save,
+    )
+    return results, runs, print if training.should_save else lambda _: None
+
+
 def fresh_engine() -> None:
     """Let the next Trainer of this process set its engine up anew: accelerate allows DeepSpeed one otherwise."""
     from accelerate.state import AcceleratorState
@@ -330,12 +364,11 @@ def load_named(name: str, config: str | None = None) -> dict[str, Dataset]:
     return {str(split): rows for split, rows in loaded.items()}
 
 
-def load_splits(options: Any, embedded: Callable[[], Mapping[Any, Dataset]]) -> dict[str, Dataset]:
+def load_splits(options: RecipeArguments, embedded: Callable[[], Mapping[Any, Dataset]]) -> dict[str, Dataset]:
     """The raw splits a recipe was asked for: local files, a named data set, or the embedded corpus.
 
     Args:
-        options: with ``train_file``, ``validation_file``, ``test_file``, ``dataset_name`` and
-            ``dataset_config_name``, each None where not given.
+        options: the recipe's.
         embedded: makes the embedded corpus.
 
     Raises:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from hf_reset.errors import ScopeError
 from hf_reset.policy import Scope
 
+_AROUND = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
@@ -85,11 +86,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, FSDP1, DeepSpeed's engine and `torch.compile`."""
     while True:
         inner: Any = getattr(model, "module", None)
-        engine = type(model).__module__.startswith("deepspeed.") and isinstance(
-            getattr(model, "module", None), nn.Module
-        )
-        wrapper = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
-        if engine or isinstance(model, wrapper):
+        engine = type(model).__module__.startswith("deepspeed.") and isinstance(inner, nn.Module)
+        if engine or isinstance(model, _AROUND):
             model = inner
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # pyright: ignore[reportAssignmentType]

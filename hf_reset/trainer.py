@@ -108,7 +108,7 @@ class ResetTrainerMixin:
             and callback.config.optimizer_state != "keep"
             and accelerator.scaler is None
             and not self.is_deepspeed_enabled  # pyright: ignore[reportAttributeAccessIssue]
-            and callback.store.is_sharded == callback.store.is_distributed  # FSDP1 wants its backward
+            and not callback.store.is_flat  # FSDP1 wants its backward
         )
 
     def _running_loss(self) -> Tensor:

@@ -111,6 +111,10 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
 
     from hf_reset import ResetTrainer, StochasticResetCallback
 
+    def synchronize() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     class Clock(TrainerCallback):
         """Times from one step's begin to its end."""
 
@@ -118,16 +122,12 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
             self.seconds: list[float] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self._synchronize()
+            synchronize()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self._synchronize()
+            synchronize()
             self.seconds.append(time.perf_counter() - self.start)
-
-        def _synchronize(self) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
 
     class TimedResets(StochasticResetCallback):
         """Adds up the time in the hooks of a step and of an evaluation."""
@@ -144,10 +144,10 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
             self._timed(super().on_evaluate, *args, **kwargs)
 
         def _timed(self, hook: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            clock._synchronize()
+            synchronize()
             start = time.perf_counter()
             hook(*args, **kwargs)
-            clock._synchronize()
+            synchronize()
             self.seconds += time.perf_counter() - start
 
     torch.manual_seed(0)

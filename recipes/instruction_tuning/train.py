@@ -102,22 +102,12 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
 
     from hf_reset.corpora import docstring_summaries
     from hf_reset.instruction_tuning import prepare_instructions
-    from hf_reset.recipe import load_splits, parse_recipe, planned_runs, quiet_unless_terminal, run_arms
-    from hf_reset.report.results import Results, environment_record
+    from hf_reset.recipe import load_splits, open_study, parse_recipe, quiet_unless_terminal, run_arms
 
     options, training, configuration = parse_recipe([InstructionTuningArguments, arguments_class(argv)], argv)
     check(options, training)
-    runs = planned_runs(options.seeds, compare=options.compare, resets=training.reset_config().can_reset)
-    results = Results(
-        training.output_dir,
-        recipe="instruction_tuning",
-        configuration=configuration,
-        environment=environment_record(training.device, processes=training.world_size),
-        resume=training.resume_from_checkpoint is not None,
-        write=training.should_save,
-    )
+    results, runs, say = open_study("instruction_tuning", options, training, configuration)
     callbacks = quiet_unless_terminal(training)
-    say: Callable[[str], None] = print if training.should_save else lambda _: None
     raw = load_splits(options, docstring_summaries)
 
     @lru_cache(maxsize=1)
@@ -172,11 +162,6 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
 
     from hf_reset.errors import ConfigError
 
-    if training.load_best_model_at_end:
-        raise ConfigError(
-            "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
-            "it False; the best evaluated weights are kept in memory."
-        )
     if options.loss is not None:
         training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
     training.loss_func(torch.nn.Identity())  # what it refuses is to be refused before anything is trained

@@ -92,31 +92,22 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from hf_reset import ResetTrainingArguments
     from hf_reset.corpora import docstring_topics
     from hf_reset.errors import ConfigError
-    from hf_reset.recipe import load_splits, parse_recipe, planned_runs, quiet_unless_terminal, run_arms
-    from hf_reset.report.results import Results, environment_record
+    from hf_reset.recipe import (
+        load_splits,
+        open_study,
+        parse_recipe,
+        quiet_unless_terminal,
+        run_arms,
+    )
 
     options, training, configuration = parse_recipe([TextClassificationArguments, ResetTrainingArguments], argv)
-    if training.load_best_model_at_end:
-        raise ConfigError(
-            "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
-            "it False; the best evaluated weights are kept in memory."
-        )
     if "clean" in (training.reset_metric or training.metric_for_best_model or ""):
         raise ConfigError(
             "`reset_metric` would choose anchors by clean labels. If there are some to trust, name their column with "
             "--validation_label_column; the report then says so."
         )
-    runs = planned_runs(options.seeds, compare=options.compare, resets=training.reset_config().can_reset)
-    results = Results(
-        training.output_dir,
-        recipe="text_classification",
-        configuration=configuration,
-        environment=environment_record(training.device, processes=training.world_size),
-        resume=training.resume_from_checkpoint is not None,
-        write=training.should_save,
-    )
+    results, runs, say = open_study("text_classification", options, training, configuration)
     callbacks = quiet_unless_terminal(training)
-    say: Callable[[str], None] = print if training.should_save else lambda _: None
     raw = load_splits(options, docstring_topics)
     prepared = lru_cache(maxsize=1)(lambda seed: prepare(options, raw, seed))
 

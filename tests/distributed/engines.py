@@ -12,10 +12,21 @@ from tiny import TRAIN, VALIDATION, arguments, bert
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from worker import FSDP, FSDP1, Counted, Weights, fresh_state, fsdp1_on_cpu, fsdp_on_cpu, run_checks, whole
+from worker import (
+    FSDP,
+    FSDP1,
+    Counted,
+    Weights,
+    fresh_state,
+    fsdp1_on_cpu,
+    fsdp_on_cpu,
+    raised,
+    run_checks,
+    trail,
+    whole,
+)
 
 from hf_reset import ResetTrainer, ResetTrainingArguments, last_whole_checkpoint
-from hf_reset.errors import AnchorFileError, UnsupportedError
 
 MODES = {"ddp": {}, "fsdp": FSDP, "fsdp1": FSDP1}
 RESETS = {"reset_probability": 0.5, "reset_patience": 0}
@@ -43,10 +54,6 @@ def layout(trainer) -> str:
     """How the weights lie, so that no test passes by running another engine."""
     wrapped = type(trainer.model_wrapped).__name__
     return "FSDP2" if any(isinstance(p, DTensor) for p in trainer.model.parameters()) else wrapped
-
-
-def trail(trainer):
-    return [(event["kind"], event["step"], event["metric"]) for event in trainer.reset_callback.events]
 
 
 def trajectory(mode, folder: Path):
@@ -182,7 +189,7 @@ def taken_up(mode, folder: Path):
 def flat(folder: Path):
     """FSDP1 without original parameters: a unit is one flat parameter."""
     config = {**FSDP1["fsdp_config"], "use_orig_params": False}
-    found = {"layouts": [], "refused": None}
+    found: dict = {"layouts": []}
     for name, mode in (("flat", {"fsdp_config": config}), ("original", {})):
         weights = Weights()
         # One group of weights without decay: a flat parameter cannot tell a bias from a matrix.
@@ -190,10 +197,7 @@ def flat(folder: Path):
         trainer.train()
         found[name] = (weights.after_step, weights.evaluated, trainer.reset_callback.events)
         found["layouts"].append(any(isinstance(p, FlatParameter) for p in trainer.model.parameters()))
-    try:
-        trainer_for(folder / "head", "fsdp1", fsdp_config=config, reset_scope="head").train()
-    except UnsupportedError as error:
-        found["refused"] = str(error)
+    found["refused"] = raised(trainer_for(folder / "head", "fsdp1", fsdp_config=config, reset_scope="head").train)
     return found
 
 
@@ -202,21 +206,14 @@ def lost_state(folder: Path):
     config = {**FSDP1["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
     saving = {"fsdp_config": config, "save_strategy": "steps", "save_steps": 3}
     trainer_for(folder, "fsdp1", max_steps=3, **saving).train()
-    try:
-        trainer_for(folder, "fsdp1", max_steps=6, **saving).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    except UnsupportedError as error:
-        return {"refused": str(error)}
-    return {"refused": None}
+    again = trainer_for(folder, "fsdp1", max_steps=6, **saving)
+    return raised(lambda: again.train(resume_from_checkpoint=str(folder / "checkpoint-3")))
 
 
 def other_world(folder: Path):
     """A checkpoint of four processes under FSDP1, whose shares are flat."""
     checkpoint = str(Path(os.environ["OF_FOUR"]) / "fsdp1-saved" / "checkpoint-6")
-    try:
-        trainer_for(folder, "fsdp1", max_steps=9).train(resume_from_checkpoint=checkpoint)
-    except AnchorFileError as error:
-        return {"refused": str(error)}
-    return {"refused": None}
+    return raised(lambda: trainer_for(folder, "fsdp1", max_steps=9).train(resume_from_checkpoint=checkpoint))
 
 
 def checks():

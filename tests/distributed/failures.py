@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from engines import trail, trainer_for
-from worker import RANK, fsdp_on_cpu, run_checks, whole
+from engines import trainer_for
+from worker import RANK, fsdp_on_cpu, raised, run_checks, trail, whole
 
 from hf_reset import StochasticResetCallback
-from hf_reset.errors import ResetError
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
@@ -33,15 +32,6 @@ class Heard(logging.Handler):
     def stop(self):
         logging.getLogger("hf_reset.callback").removeHandler(self)
         return self.said
-
-
-def raised(action) -> dict:
-    """The error of this rank, and what the other saw is in its own file."""
-    try:
-        action()
-    except ResetError as error:
-        return {"kind": type(error).__name__, "text": str(error)}
-    return {"kind": None}
 
 
 def differing_metric(folder: Path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -58,6 +59,15 @@ def launch(
         _kill_all(process.pid)
         output, status = process.communicate()[0], None
     return Run(status, output, time.monotonic() - started)
+
+
+def deepspeed_python() -> str:
+    """The interpreter of DeepSpeed's environment, built at the first call; skips in words where it does not install."""
+    build = ["bash", str(HERE / "deepspeed_env.sh"), sys.executable]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        pytest.skip(f"DeepSpeed does not install here: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout.strip().splitlines()[-1]
 
 
 def _kill_all(pid: int) -> None:

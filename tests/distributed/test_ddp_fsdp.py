@@ -183,7 +183,8 @@ def test_another_number_of_processes_takes_up_the_same_anchor(of_two, of_four, m
 
 def test_fsdp1_refuses_another_number_of_processes_with_the_remedy(of_two):
     for rank, checks in enumerate(of_two):
-        refused = checks["fsdp1-other-world"]["refused"]
+        assert checks["fsdp1-other-world"]["kind"] == "AnchorFileError"
+        refused = checks["fsdp1-other-world"]["text"]
         assert "written by 4 processes, and this run has 2" in refused, rank
         assert "resume with 4 processes" in refused
 
@@ -203,13 +204,15 @@ def test_a_flat_parameter_is_reset_whole(of_two):
 
 def test_a_part_of_a_flat_parameter_is_refused_in_words(of_two):
     for checks in of_two:
-        refused = checks["fsdp1-flat"]["refused"]
+        assert checks["fsdp1-flat"]["refused"]["kind"] == "UnsupportedError"
+        refused = checks["fsdp1-flat"]["refused"]["text"]
         assert "`scope` 'head' is not supported under FSDP1 without original parameters" in refused
         assert "fsdp_use_orig_params: true" in refused
 
 
 def test_fsdp1_refuses_to_go_on_without_its_optimizer_state(of_two):
     for checks in of_two:
-        refused = checks["fsdp1-lost-state"]["refused"]
+        assert checks["fsdp1-lost-state"]["kind"] == "UnsupportedError"
+        refused = checks["fsdp1-lost-state"]["text"]
         assert "The state of AdamW was not loaded from the checkpoint" in refused
         assert "fsdp_state_dict_type: FULL_STATE_DICT" in refused

@@ -1,11 +1,8 @@
 """DeepSpeed ZeRO-1, -2 and -3 on two gloo processes, in an environment of its own."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from launch import HERE, launch, results
+from launch import HERE, deepspeed_python, launch, results
 
 pytestmark = [pytest.mark.distributed, pytest.mark.deepspeed]
 
@@ -17,11 +14,7 @@ RESUMED = ["z1-fp32", "z2-bf16", "z3-fp32", "z3_persistent-bf16", *OFFLOADED]
 @pytest.fixture(scope="module")
 def python():
     """The interpreter of DeepSpeed's environment, built at the first call."""
-    build = ["bash", str(HERE / "deepspeed_env.sh"), sys.executable]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        pytest.skip(f"DeepSpeed does not install here: {done.stderr.strip().splitlines()[-1:]}")
-    return done.stdout.strip().splitlines()[-1]
+    return deepspeed_python()
 
 
 @pytest.fixture(scope="module")

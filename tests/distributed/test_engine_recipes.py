@@ -2,30 +2,18 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from launch import HERE, launch
+from launch import HERE, deepspeed_python, launch
 from recipe import launcher_environment
 
 RECIPES = HERE.parent.parent / "recipes"
 ENGINES = ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.deepspeed) for name in ("zero2", "zero3"))]
-SHORT = [
-    "--max_steps",
-    "6",
-    "--eval_steps",
-    "2",
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "4",
-    "--hidden_size",
-    "64",
-]
-SHORT += ["--reset_probability", "0.5", "--reset_patience", "0"]
+SHORT = ["--max_steps", "6", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "4"]
+SHORT += ["--hidden_size", "64", "--reset_probability", "0.5", "--reset_patience", "0"]
 
 
 @pytest.mark.parametrize(
@@ -111,10 +99,4 @@ def test_the_instruction_recipe_runs_by_changing_only_the_configuration(engine, 
 
 
 def python_for(engine):
-    if not engine.startswith("zero"):
-        return sys.executable
-    build = ["bash", str(HERE / "deepspeed_env.sh"), sys.executable]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        pytest.skip(f"DeepSpeed does not install here: {done.stderr.strip().splitlines()[-1:]}")
-    return done.stdout.strip().splitlines()[-1]
+    return deepspeed_python() if engine.startswith("zero") else sys.executable

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from hf_reset.errors import ResetError
 from hf_reset.ranks import part
 from hf_reset.scopes import named_parameters, unwrapped
 
@@ -144,6 +145,19 @@ class Counted(TrainerCallback):
         self._profile.stop()
         names = [event.name for event in self._profile.events() if event.name.startswith("c10d::")]
         self.steps[state.global_step - 1] = dict(Counter(names))
+
+
+def trail(trainer):
+    return [(event["kind"], event["step"], event["metric"]) for event in trainer.reset_callback.events]
+
+
+def raised(action) -> dict:
+    """The error of this rank, and what the other saw is in its own file."""
+    try:
+        action()
+    except ResetError as error:
+        return {"kind": type(error).__name__, "text": str(error)}
+    return {"kind": None}
 
 
 def run_checks(checks: dict[str, Callable[[Path], Any]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny import TRAIN, VALIDATION, arguments, bert
 from transformers import TrainerCallback
-from worker import Counted, deepspeed_on_cpu, fresh_state, run_checks
+from worker import Counted, deepspeed_on_cpu, fresh_state, run_checks, trail
 
 from hf_reset import AnchorStore, ResetTrainer, ResetTrainingArguments
 from hf_reset.errors import UnsupportedError
@@ -157,10 +157,6 @@ def trainer_for(folder: Path, name: str, **more):
         callbacks=[watch],
     )
     return trainer, watch
-
-
-def trail(trainer):
-    return [(event["kind"], event["step"], event["metric"]) for event in trainer.reset_callback.events]
 
 
 def resume(name: str, folder: Path):
