@@ -11,26 +11,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_reset.anchor import AnchorStore
-    from hf_reset.arguments import ResetArguments, ResetTrainingArguments
-    from hf_reset.callback import StochasticResetCallback
-    from hf_reset.checkpoints import last_whole_checkpoint
+    from hf_reset.anchor.scopes import select_parameters
+    from hf_reset.anchor.store import AnchorStore
     from hf_reset.policy import ResetConfig
-    from hf_reset.scopes import select_parameters
-    from hf_reset.trainer import ResetTrainer, ResetTrainerMixin
+    from hf_reset.training.arguments import ResetArguments, ResetTrainingArguments
+    from hf_reset.training.callback import StochasticResetCallback
+    from hf_reset.training.resume import last_whole_checkpoint
+    from hf_reset.training.trainer import ResetTrainer, ResetTrainerMixin
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AnchorStore": "hf_reset.anchor",
-    "ResetArguments": "hf_reset.arguments",
+    "AnchorStore": "hf_reset.anchor.store",
+    "ResetArguments": "hf_reset.training.arguments",
     "ResetConfig": "hf_reset.policy",
-    "ResetTrainer": "hf_reset.trainer",
-    "ResetTrainerMixin": "hf_reset.trainer",
-    "ResetTrainingArguments": "hf_reset.arguments",
-    "StochasticResetCallback": "hf_reset.callback",
-    "last_whole_checkpoint": "hf_reset.checkpoints",
-    "select_parameters": "hf_reset.scopes",
+    "ResetTrainer": "hf_reset.training.trainer",
+    "ResetTrainerMixin": "hf_reset.training.trainer",
+    "ResetTrainingArguments": "hf_reset.training.arguments",
+    "StochasticResetCallback": "hf_reset.training.callback",
+    "last_whole_checkpoint": "hf_reset.training.resume",
+    "select_parameters": "hf_reset.anchor.scopes",
 }
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.

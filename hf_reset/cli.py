@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def scope_table(model_dir: str, more: Sequence[str] = (), *, names: bool = False) -> str:
     """A text table: one row a scope, with tensors, parameters, bytes, and the share of what trains."""
-    from hf_reset.scopes import select_parameters
+    from hf_reset.anchor.scopes import select_parameters
 
     model = model_without_weights(model_dir)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from hf_reset.report.card import Column, markdown_table, summary_table
+from hf_reset.report.tables import Column, markdown_table, summary_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reset import AnchorStore, ResetTrainer, ResetTrainingArguments
-from hf_reset.adapters import CONFIG, WEIGHTS, load_adapter_anchor, save_adapter_anchor
+from hf_reset.anchor.adapters import CONFIG, WEIGHTS, load_adapter_anchor, save_adapter_anchor
 from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, ScopeError
 
 # peft 0.21 asks transformers 5.23 for an attribute that it renamed.

@@ -20,8 +20,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import Adafactor
 
 from hf_reset import AnchorStore
+from hf_reset.anchor.shards import unwrapped_optimizer
 from hf_reset.errors import AnchorError, AnchorFileError, UnsupportedError
-from hf_reset.shards import unwrapped_optimizer
 
 
 def step(model, optimizer, seed):

@@ -4,8 +4,8 @@ import pytest
 from tiny import equal, reset_run, weights
 
 from hf_reset import ResetConfig
-from hf_reset.diagnostics.best_weights import BestWeightsCallback
 from hf_reset.errors import MetricError
+from hf_reset.training.best_weights import BestWeightsCallback
 
 # Best after 6 of 15 steps; two resets after that.
 RESETS = {"reset_probability": 0.3, "reset_finish": "last", "learning_rate": 2e-2}

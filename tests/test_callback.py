@@ -20,8 +20,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_reset import ResetConfig, StochasticResetCallback
-from hf_reset.callback import greater_is_better, metric_key
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, ScopeError
+from hf_reset.training.callback import greater_is_better, metric_key
 
 
 def lands_on_anchors(reset, recorder):

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Value
 from transformers import AutoTokenizer
 
 from hf_reset import corpora
+from hf_reset.corpora import docstrings
 from hf_reset.errors import ConfigError, DataError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -205,11 +206,11 @@ def elsewhere(tmp_path, monkeypatch):
     """A standard library of one's own making."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
     (tmp_path / "lib").mkdir()
-    corpora._documents.cache_clear()
-    corpora._split_of_files.cache_clear()
+    docstrings._documents.cache_clear()
+    docstrings._split_of_files.cache_clear()
     yield tmp_path / "lib"
-    corpora._documents.cache_clear()
-    corpora._split_of_files.cache_clear()
+    docstrings._documents.cache_clear()
+    docstrings._split_of_files.cache_clear()
 
 
 def test_nothing_read_is_run_or_imported_and_bad_files_are_passed_over(elsewhere):
@@ -244,7 +245,7 @@ match x:
         def matched(): """A function in one line below.""" ; return 1
 '''
     (elsewhere / "textwrap.py").write_text(source)
-    names = {document.name: document for document in corpora._documents()}
+    names = {document.name: document for document in docstrings._documents()}
     assert list(names) == [
         "textwrap.Outer",
         "textwrap.Outer.method",

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_reset import losses
 from hf_reset.errors import ConfigError
 from hf_reset.losses import (
     LOSSES,
@@ -18,6 +17,7 @@ from hf_reset.losses import (
     shifts_labels,
     symmetric_cross_entropy,
 )
+from hf_reset.losses import robust as losses
 
 # Every loss of the package with settings that make it neither cross-entropy nor a constant.
 CASES = {

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 import pytest
 
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.recipe import RecipeArguments, load_file, load_named, parse_recipe, planned_runs, run_arms, run_command
 from hf_reset.report.results import Results
+from hf_reset.study.runs import (
+    RecipeArguments,
+    load_file,
+    load_named,
+    parse_recipe,
+    planned_runs,
+    run_arms,
+    run_command,
+)
 
 
 @dataclass

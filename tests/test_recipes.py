@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from hf_reset import ResetTrainingArguments
-from hf_reset.checkpoints import last_whole_checkpoint
 from hf_reset.errors import ConfigError, DataError, MetricError
-from hf_reset.recipe import parse_recipe
 from hf_reset.report.results import read_results
+from hf_reset.study.runs import parse_recipe
+from hf_reset.training.resume import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "text_classification"

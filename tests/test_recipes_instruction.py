@@ -19,8 +19,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reset.corpora import train_tokenizer
+from hf_reset.corpora.small_llama import small_llama
 from hf_reset.errors import ConfigError, DataError, ResetError, ScopeError
-from hf_reset.pretraining import small_llama
 from hf_reset.report.results import read_results
 
 pytestmark = [
@@ -136,8 +136,8 @@ def test_plain_beside_reset_from_end_to_end(folder, tmp_path, capsys):
 
 def test_the_saved_adapter_is_the_best_one_and_loads_by_itself(folder, tmp_path):
     from hf_reset.diagnostics.responses import response_scores
-    from hf_reset.instruction_tuning import encode, prepare_instructions
-    from hf_reset.recipe import load_file
+    from hf_reset.study.instructions import encode, prepare_instructions
+    from hf_reset.study.runs import load_file
 
     recipe.run(options(folder, tmp_path))
     record = read_results(tmp_path)["records"][0]
@@ -316,7 +316,7 @@ def test_rows_left_out_and_cut_are_in_the_report(folder, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_parse_and_explain_themselves(path):
-    from hf_reset.recipe import parse_recipe
+    from hf_reset.study.runs import parse_recipe
 
     argv = [f"--config={path}", "--use_cpu=true"]
     parsed, training, _ = parse_recipe([recipe.InstructionTuningArguments, recipe.arguments_class(argv)], argv)
@@ -330,7 +330,7 @@ def test_configs_parse_and_explain_themselves(path):
 def test_every_command_of_the_readme_parses():
     from accelerate.commands.launch import launch_command_parser
 
-    from hf_reset.recipe import parse_recipe
+    from hf_reset.study.runs import parse_recipe
 
     blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "README.md").read_text(), flags=re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if "train.py" in line]
@@ -378,7 +378,7 @@ def test_prompts_of_ones_own_data_reach_the_small_llama_but_no_response(tmp_path
         seen.extend(texts)
         raise DataError("seen enough")
 
-    monkeypatch.setattr("hf_reset.pretraining.small_llama", watch)
+    monkeypatch.setattr("hf_reset.corpora.small_llama.small_llama", watch)
     write(tmp_path / "train.jsonl", [{"prompt": f"question {n}", "completion": f"reply {n}"} for n in range(40)])
     more = {"train_file": tmp_path / "train.jsonl", "model_name_or_path": None}
     with pytest.raises(DataError, match="seen enough"):

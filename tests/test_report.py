@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.report.card import Column, markdown_report, markdown_table, mean_and_sd, summary_table
 from hf_reset.report.classification import chosen_by, reading
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import (
@@ -22,6 +21,7 @@ from hf_reset.report.results import (
     series,
     write_atomic,
 )
+from hf_reset.report.tables import Column, markdown_report, markdown_table, mean_and_sd, summary_table
 
 
 def record(arm, seed, **more):
@@ -205,7 +205,7 @@ def test_no_curve_no_figure(tmp_path):
 
 def test_matplotlib_and_torch_are_imported_only_when_needed():
     code = (
-        "import sys, hf_reset.report.plots, hf_reset.report.card, hf_reset.report.results, hf_reset.recipe; "
+        "import sys, hf_reset.report.plots, hf_reset.report.tables, hf_reset.report.results, hf_reset.study.runs; "
         "sys.exit(any(name in sys.modules for name in ('matplotlib', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

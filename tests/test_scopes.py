@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from hf_reset import select_parameters
+from hf_reset.anchor.scopes import batch_norm_buffers, covers_all
 from hf_reset.errors import ScopeError
-from hf_reset.scopes import batch_norm_buffers, covers_all
 
 LLAMA = {
     "vocab_size": 40,

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_reset.diagnostics.best_weights import BestWeightsCallback
-    from hf_reset.diagnostics.callbacks import LabelMemoryCallback
+    from hf_reset.diagnostics.label_memory import LabelMemoryCallback
+    from hf_reset.training.best_weights import BestWeightsCallback
 
 _HOME = {
-    "BestWeightsCallback": "hf_reset.diagnostics.best_weights",
-    "LabelMemoryCallback": "hf_reset.diagnostics.callbacks",
+    "BestWeightsCallback": "hf_reset.training.best_weights",
+    "LabelMemoryCallback": "hf_reset.diagnostics.label_memory",
 }
 
 __all__ = ["BestWeightsCallback", "LabelMemoryCallback"]

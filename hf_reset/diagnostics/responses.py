@@ -11,9 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset.instruction_tuning import IGNORED, prompt_text
-from hf_reset.losses import label_log_probability
+from hf_reset.losses.robust import label_log_probability
 from hf_reset.noise.instructions import final_answer
+from hf_reset.study.instructions import IGNORED, prompt_text
 
 
 def response_scores(model: nn.Module, rows: Dataset, *, batch_size: int = 32) -> dict[str, float]:
@@ -21,7 +21,7 @@ def response_scores(model: nn.Module, rows: Dataset, *, batch_size: int = 32) ->
 
     Args:
         model: a causal language model; left in the mode (training or not) it is in.
-        rows: with ``input_ids`` and ``labels``, see ``hf_reset.instruction_tuning.encode``.
+        rows: with ``input_ids`` and ``labels``, see ``hf_reset.study.instructions.encode``.
         batch_size: rows a forward pass; rows of like length go together.
 
     Returns:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_reset.report.card import Column, markdown_report
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import Results, write_atomic
+from hf_reset.report.tables import Column, markdown_report
 
 COLUMNS = (
     Column("test_accuracy_last", "clean accuracy, last"),

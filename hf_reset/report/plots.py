@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import DataError
-from hf_reset.report.card import arms_of
+from hf_reset.report.tables import arms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

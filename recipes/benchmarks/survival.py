@@ -84,7 +84,7 @@ def _import_once() -> None:
     import torch
     import transformers.trainer  # noqa: F401
 
-    import hf_reset.trainer  # noqa: F401
+    import hf_reset.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
 

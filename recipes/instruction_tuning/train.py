@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_reset.recipe import RecipeArguments, option
+from hf_reset.study.runs import RecipeArguments, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-    from hf_reset.instruction_tuning import InstructionData
     from hf_reset.report.results import Results
+    from hf_reset.study.instructions import InstructionData
 
 
 @dataclass
@@ -87,7 +87,7 @@ class InstructionTuningArguments(RecipeArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; what it refuses ends in one line and exit status 1."""
-    from hf_reset.recipe import run_command
+    from hf_reset.study.runs import run_command
 
     run_command(run, InstructionTuningArguments, description=__doc__ or "", argv=argv)
 
@@ -101,8 +101,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from functools import lru_cache
 
     from hf_reset.corpora import docstring_summaries
-    from hf_reset.instruction_tuning import prepare_instructions
-    from hf_reset.recipe import load_splits, open_study, parse_recipe, quiet_unless_terminal, run_arms
+    from hf_reset.study.instructions import prepare_instructions
+    from hf_reset.study.runs import load_splits, open_study, parse_recipe, quiet_unless_terminal, run_arms
 
     options, training, configuration = parse_recipe([InstructionTuningArguments, arguments_class(argv)], argv)
     check(options, training)
@@ -141,12 +141,12 @@ def arguments_class(argv: Sequence[str]) -> type:
     """The class of the trainer's arguments, `reset_*` fields in front, for the trainer that was asked for."""
     from hf_reset import ResetTrainingArguments
     from hf_reset.errors import ConfigError
-    from hf_reset.recipe import given_option
+    from hf_reset.study.runs import given_option
 
     if given_option(argv, "trainer", default="plain") != "sft":
         return ResetTrainingArguments
     try:
-        from hf_reset.sft import ResetSFTConfig
+        from hf_reset.training.sft import ResetSFTConfig
     except ImportError as error:
         raise ConfigError("`trainer` sft needs TRL, which is not installed: pip install 'hf-reset[trl]'.") from error
     return ResetSFTConfig
@@ -191,8 +191,8 @@ def base_model(
     from pathlib import Path
 
     from hf_reset.corpora import docstring_text
-    from hf_reset.instruction_tuning import prompt_texts
-    from hf_reset.pretraining import small_llama
+    from hf_reset.corpora.small_llama import small_llama
+    from hf_reset.study.instructions import prompt_texts
 
     if options.model_name_or_path is not None:
         return options.model_name_or_path
@@ -225,8 +225,8 @@ def build_tokenizer(options: InstructionTuningArguments, base: str) -> PreTraine
     from transformers import AutoTokenizer
 
     from hf_reset.errors import ConfigError
-    from hf_reset.instruction_tuning import check_chat_template
-    from hf_reset.recipe import load_pretrained
+    from hf_reset.study.instructions import check_chat_template
+    from hf_reset.study.runs import load_pretrained
 
     tokenizer = load_pretrained(
         AutoTokenizer.from_pretrained, options.tokenizer_name or base, argument="tokenizer_name"
@@ -254,7 +254,7 @@ def build_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from hf_reset.errors import ConfigError
-    from hf_reset.recipe import load_pretrained
+    from hf_reset.study.runs import load_pretrained
 
     loading: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
     if options.load_in_4bit:
@@ -334,7 +334,7 @@ def build_trainer(
         "callbacks": callbacks,
     }
     if options.trainer == "sft":
-        from hf_reset.sft import ResetSFTTrainer
+        from hf_reset.training.sft import ResetSFTTrainer
 
         args.max_length = options.max_seq_length
         trainer: Any = ResetSFTTrainer(**given)
@@ -359,7 +359,7 @@ def train_and_measure(
 
     from hf_reset import select_parameters
     from hf_reset.diagnostics.responses import ResponseCurvesCallback, response_memory
-    from hf_reset.recipe import arguments_of, best_weights, fresh_engine, save_final_model, train_run
+    from hf_reset.study.runs import arguments_of, best_weights, fresh_engine, save_final_model, train_run
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -394,7 +394,7 @@ def tokens_of(
     results: Results,
 ) -> dict[str, Dataset]:
     """Tokens of the splits, and of the corrupted training rows as ``given`` and as they were, ``clean``."""
-    from hf_reset.instruction_tuning import encode
+    from hf_reset.study.instructions import encode
 
     parts = {"train": data.train, "validation": data.validation, "test": data.test}
     notes = [*data.notes]
@@ -464,7 +464,7 @@ def measure(
 
 def trajectory(trainer: Any, data: InstructionData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, the size of the anchor, and the curves of the figure."""
-    from hf_reset.recipe import outcome
+    from hf_reset.study.runs import outcome
 
     store = trainer.reset_callback.store
     curves = {"validation_loss": "eval_loss", "clean_loss": "clean_loss", "response_memory": "response_memory"}
@@ -482,9 +482,9 @@ def write_report(options: InstructionTuningArguments, results: Results) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from hf_reset.report.card import COST_COLUMNS, Column, markdown_report, summary_table
     from hf_reset.report.plots import Panel, plot_runs
     from hf_reset.report.results import write_atomic
+    from hf_reset.report.tables import COST_COLUMNS, Column, markdown_report, summary_table
 
     columns = [
         Column("test_loss_last", "clean test loss, last step"),
@@ -552,7 +552,7 @@ def reading(records: list[dict[str, Any]]) -> str:
 
 def samples_table(records: list[dict[str, Any]]) -> str:
     """Prompts and clean responses, with what each arm generates, from the first seed."""
-    from hf_reset.report.card import arms_of, markdown_table
+    from hf_reset.report.tables import arms_of, markdown_table
 
     first = [record for record in records if record["seed"] == records[0]["seed"] and record.get("samples")]
     if not first:

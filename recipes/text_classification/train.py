@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_reset.recipe import RecipeArguments, option
+from hf_reset.study.runs import RecipeArguments, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_reset import ResetTrainer, ResetTrainingArguments
-    from hf_reset.classification import ClassificationData
     from hf_reset.report.results import Results
+    from hf_reset.study.classification import ClassificationData
 
 
 @dataclass
@@ -76,7 +76,7 @@ class TextClassificationArguments(RecipeArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; what it refuses ends in one line and exit status 1."""
-    from hf_reset.recipe import run_command
+    from hf_reset.study.runs import run_command
 
     run_command(run, TextClassificationArguments, description=__doc__ or "", argv=argv)
 
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from hf_reset import ResetTrainingArguments
     from hf_reset.corpora import docstring_topics
     from hf_reset.errors import ConfigError
-    from hf_reset.recipe import (
+    from hf_reset.study.runs import (
         load_splits,
         open_study,
         parse_recipe,
@@ -127,8 +127,8 @@ def prepare(options: TextClassificationArguments, raw: dict[str, Dataset], seed:
     """Splits of one seed, with its noise."""
     import json
 
-    from hf_reset.classification import Columns, prepare_classification
     from hf_reset.errors import ConfigError
+    from hf_reset.study.classification import Columns, prepare_classification
 
     try:
         matrix = None if options.noise_matrix is None else json.loads(options.noise_matrix)
@@ -161,7 +161,7 @@ def build_tokenizer(options: TextClassificationArguments, texts: list[str]) -> P
     from transformers import AutoTokenizer
 
     from hf_reset.corpora import train_tokenizer
-    from hf_reset.recipe import load_pretrained
+    from hf_reset.study.runs import load_pretrained
 
     if options.model_name_or_path is None:
         return train_tokenizer(texts, options.vocab_size)
@@ -177,7 +177,7 @@ def build_model(
     """The classifier: pretrained, or a small ModernBERT from its config; with adapters if asked for."""
     from transformers import AutoModelForSequenceClassification, ModernBertConfig, ModernBertForSequenceClassification
 
-    from hf_reset.recipe import load_pretrained
+    from hf_reset.study.runs import load_pretrained
 
     labels = {"num_labels": len(names), "id2label": dict(enumerate(names))}
     labels["label2id"] = {name: index for index, name in enumerate(names)}
@@ -237,7 +237,7 @@ def train_and_measure(
     from transformers import DataCollatorWithPadding, set_seed
 
     from hf_reset import ResetTrainer
-    from hf_reset.recipe import arguments_of, best_weights, fresh_engine, save_final_model, train_run
+    from hf_reset.study.runs import arguments_of, best_weights, fresh_engine, save_final_model, train_run
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -279,7 +279,7 @@ def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: TextCla
 
 def memory_callbacks(train: Dataset, args: ResetTrainingArguments, samples: int) -> list[Any]:
     """Follow label memory as often as validation is evaluated, on a fixed sample."""
-    from hf_reset.diagnostics.callbacks import LabelMemoryCallback
+    from hf_reset.diagnostics.label_memory import LabelMemoryCallback
 
     if samples < 1:
         return []
@@ -346,7 +346,7 @@ def measure(
 
 def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, and the curves of the figure."""
-    from hf_reset.recipe import outcome
+    from hf_reset.study.runs import outcome
 
     curves = {
         "validation_loss": "eval_loss",
@@ -373,8 +373,8 @@ def write_report(options: TextClassificationArguments, results: Results) -> None
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from hf_reset.report.card import COST_COLUMNS, summary_table
     from hf_reset.report.classification import COLUMNS, write_classification_report
+    from hf_reset.report.tables import COST_COLUMNS, summary_table
 
     added = options.noise_rate > 0 or options.noise_kind == "matrix"
     noise = "labels as given"

@@ -24,13 +24,13 @@ class Heard(logging.Handler):
     def __init__(self):
         super().__init__(logging.WARNING)
         self.said = []
-        logging.getLogger("hf_reset.callback").addHandler(self)
+        logging.getLogger("hf_reset.training.callback").addHandler(self)
 
     def emit(self, record):
         self.said.append(record.getMessage())
 
     def stop(self):
-        logging.getLogger("hf_reset.callback").removeHandler(self)
+        logging.getLogger("hf_reset.training.callback").removeHandler(self)
         return self.said
 
 

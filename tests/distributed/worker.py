@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from hf_reset.anchor.ranks import part
+from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.errors import ResetError
-from hf_reset.ranks import part
-from hf_reset.scopes import named_parameters, unwrapped
 
 RANK = int(os.environ.get("RANK", "0"))
 

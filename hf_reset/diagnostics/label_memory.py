@@ -20,9 +20,9 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_reset.anchor.scopes import unwrapped
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.metrics.functions import label_memory
-from hf_reset.scopes import unwrapped
 
 if TYPE_CHECKING:
     from datasets import Dataset

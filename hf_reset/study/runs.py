@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback, TrainingArguments
 
-    from hf_reset.diagnostics.best_weights import BestWeightsCallback
     from hf_reset.report.results import Results
+    from hf_reset.training.best_weights import BestWeightsCallback
 
 _FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
@@ -81,7 +81,7 @@ def run_command(
         run(argv)
     except ResetError as error:
         sys.exit(f"error: {error}")
-    from hf_reset.ranks import part
+    from hf_reset.anchor.ranks import part
 
     part()
 
@@ -253,7 +253,7 @@ def save_whole_model(trainer: Any, path: str) -> None:
     if not trainer.is_fsdp_enabled:
         trainer.save_model(path)
         return
-    from hf_reset.shards import whole_state
+    from hf_reset.anchor.shards import whole_state
 
     state = whole_state(trainer.accelerator, trainer.model_wrapped)
     if trainer.args.should_save:
@@ -460,7 +460,7 @@ def resume_point(training: Any, args: Any) -> str | None:
         training: the study's arguments; resumed if its ``resume_from_checkpoint`` is set.
         args: the run's, from :func:`arguments_of`.
     """
-    from hf_reset.checkpoints import last_whole_checkpoint
+    from hf_reset.training.resume import last_whole_checkpoint
 
     if training.resume_from_checkpoint is None:
         return None
@@ -469,7 +469,7 @@ def resume_point(training: Any, args: Any) -> str | None:
 
 def best_weights(args: Any) -> BestWeightsCallback:
     """Keeps a run's best evaluated weights, which both arms are measured by; in a file too, where the run saves."""
-    from hf_reset.diagnostics.best_weights import BestWeightsCallback
+    from hf_reset.training.best_weights import BestWeightsCallback
 
     path = None if args.save_strategy == "no" else f"{args.output_dir}/best_weights.safetensors"
     return BestWeightsCallback(args.reset_config(), path=path)

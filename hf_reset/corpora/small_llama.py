@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_reset.corpora import train_tokenizer
+from hf_reset.corpora.tokenizers import train_tokenizer
 
 BLOCK = 128  # tokens a row
 
@@ -52,7 +52,7 @@ def small_llama(
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-    from hf_reset.shards import whole_state
+    from hf_reset.anchor.shards import whole_state
 
     folder = Path(folder)
     if folder.is_dir():

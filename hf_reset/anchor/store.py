@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hf_reset.anchor.dtensor_file import read_shared_header, read_shares, write_shares
+from hf_reset.anchor.ranks import together
+from hf_reset.anchor.scopes import batch_norm_buffers, covers_all, select_parameters, unwrapped
+from hf_reset.anchor.shards import copy_all, refuse_part_of_flat, refuse_zeroing, settle, shards_of
 from hf_reset.errors import AnchorError, AnchorFileError
 from hf_reset.policy import Scope
-from hf_reset.ranks import together
-from hf_reset.scopes import batch_norm_buffers, covers_all, select_parameters, unwrapped
-from hf_reset.sharded_anchor import read_shared_header, read_shares, write_shares
-from hf_reset.shards import copy_all, refuse_part_of_flat, refuse_zeroing, settle, shards_of
 
 FORMAT = "hf_reset-anchor-1"
 _PASSING = ("optimizer/", "gathered/")  # what may not be there at a given moment

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset.anchor import AnchorStore
-from hf_reset.callback import greater_is_better, metric_key
+from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import MetricError
 from hf_reset.policy import ResetConfig, is_better
+from hf_reset.training.callback import greater_is_better, metric_key
 
 
 class BestWeightsCallback(TrainerCallback):

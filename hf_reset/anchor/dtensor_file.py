@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from hf_reset.anchor.ranks import together
 from hf_reset.errors import AnchorFileError
-from hf_reset.ranks import together
 
 _HEADER = "header"
 

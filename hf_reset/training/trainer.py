@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_reset.arguments import ResetArguments
-from hf_reset.callback import StochasticResetCallback
-from hf_reset.checkpoints import last_whole_checkpoint, refuse_other_world_size
+from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
-from hf_reset.ranks import gathered, together
+from hf_reset.training.arguments import ResetArguments
+from hf_reset.training.callback import StochasticResetCallback
+from hf_reset.training.resume import last_whole_checkpoint, refuse_other_world_size
 
 
 class ResetTrainerMixin:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
-from hf_reset.recipe import carve
+from hf_reset.study.runs import carve
 
 Label = int | str
 _MISSING = -1  # a clean label that nobody gave

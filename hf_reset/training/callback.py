@@ -15,12 +15,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset.anchor import AnchorStore, read_metadata, write_anchor_file
-from hf_reset.checkpoints import anchor_file, refuse_other_world_size, reset_records
+from hf_reset.anchor.ranks import from_first, gathered, together, world_size
+from hf_reset.anchor.shards import refuse_lost_state
+from hf_reset.anchor.store import AnchorStore, read_metadata, write_anchor_file
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
-from hf_reset.ranks import from_first, gathered, together, world_size
-from hf_reset.shards import refuse_lost_state
+from hf_reset.training.resume import anchor_file, refuse_other_world_size, reset_records
 
 logger = logging.getLogger(__name__)
 

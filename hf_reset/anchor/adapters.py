@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_reset.anchor import AnchorStore
+from hf_reset.anchor.scopes import named_parameters, unwrapped
+from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, UnsupportedError
-from hf_reset.scopes import named_parameters, unwrapped
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

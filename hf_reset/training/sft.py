@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from hf_reset.arguments import ResetArguments
-from hf_reset.trainer import ResetTrainerMixin
+from hf_reset.training.arguments import ResetArguments
+from hf_reset.training.trainer import ResetTrainerMixin
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.instructions import Kind, corrupt_responses, response_column, response_texts
-from hf_reset.recipe import carve
+from hf_reset.study.runs import carve
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -88,7 +88,7 @@ def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
 def _writers(directory: Path) -> int | None:
     """How many processes wrote a checkpoint, as its anchor says; None where it has none. The anchor is whole."""
     if (directory / _DISTRIBUTED).is_dir():
-        from hf_reset.sharded_anchor import read_shared_header
+        from hf_reset.anchor.dtensor_file import read_shared_header
 
         header = read_shared_header(directory / _DISTRIBUTED)[0]
     else:
@@ -114,7 +114,7 @@ def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
 
 
 def _is_whole_distributed(directory: Path) -> bool:
-    from hf_reset.sharded_anchor import missing_share  # torch, which a look at other checkpoints does without
+    from hf_reset.anchor.dtensor_file import missing_share  # torch, which a look at other checkpoints does without
 
     try:
         return missing_share(directory) is None
