@@ -34,7 +34,7 @@ _HOME = {
 }
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
-_MODULES = ("corpora", "diagnostics", "errors", "losses", "metrics", "noise", "policy", "report")
+_MODULES = ("corpora", "diagnostics", "errors", "langevin", "losses", "metrics", "noise", "policy", "report", "theory")
 
 __all__ = [
     "AnchorStore",
