@@ -40,3 +40,7 @@ class DataError(ResetError):
 
 class NoEffectWarning(UserWarning):
     """Something was asked for that had no effect in this run."""
+
+
+class WeakEvidenceWarning(UserWarning):
+    """A figure says less than it seems: it rests on too few rows, or on rows of one class."""

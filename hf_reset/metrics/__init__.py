@@ -1,5 +1,8 @@
 """Measures of a classifier under label noise: as functions of arrays, and as ``evaluate.Metric`` modules.
 
+`functions` (accuracy, macro-F1, label memory), `calibrated` (the validation loss that noise cannot fool, and the
+`compute_metrics` that adds it), `modules` (the functions for ``evaluate``).
+
 The functions need numpy only; ``evaluate`` is imported when one of the modules is first asked for.
 """
 
@@ -9,19 +12,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_reset.metrics.calibrated import CalibratedLoss, calibrated_loss, calibrated_rows, with_calibrated_loss
     from hf_reset.metrics.functions import accuracy, label_memory, macro_f1
     from hf_reset.metrics.modules import Accuracy, LabelMemory, MacroF1
 
 _HOME = {
     "Accuracy": "hf_reset.metrics.modules",
+    "CalibratedLoss": "hf_reset.metrics.calibrated",
     "LabelMemory": "hf_reset.metrics.modules",
     "MacroF1": "hf_reset.metrics.modules",
     "accuracy": "hf_reset.metrics.functions",
+    "calibrated_loss": "hf_reset.metrics.calibrated",
+    "calibrated_rows": "hf_reset.metrics.calibrated",
     "label_memory": "hf_reset.metrics.functions",
     "macro_f1": "hf_reset.metrics.functions",
+    "with_calibrated_loss": "hf_reset.metrics.calibrated",
 }
 
-__all__ = ["Accuracy", "LabelMemory", "MacroF1", "accuracy", "label_memory", "macro_f1"]
+__all__ = [
+    "Accuracy",
+    "CalibratedLoss",
+    "LabelMemory",
+    "MacroF1",
+    "accuracy",
+    "calibrated_loss",
+    "calibrated_rows",
+    "label_memory",
+    "macro_f1",
+    "with_calibrated_loss",
+]
 
 
 def __getattr__(name: str) -> Any:

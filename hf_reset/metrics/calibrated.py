@@ -1,0 +1,417 @@
+"""A validation figure that label noise cannot fool: cross-entropy after the best temperature and noise level.
+
+Plain cross-entropy on noisy labels charges a model for every wrong label that it is confident against, so it
+prefers timid weights. Here two numbers are fitted on the same rows first: a temperature T, which takes the
+model's confidence out of the judgement, and a level ε of uniform label noise, which bounds what one wrong label
+can cost (at most log(K / ε)). Both weigh against no model in particular, so weights compare by what they know.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_reset.arrays import IGNORE_INDEX, class_numbers, to_numpy
+from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
+
+MINIMUM_ROWS = 100
+"""Fewer labelled validation rows than this, and `with_calibrated_loss` warns."""
+
+METRIC_NAMES = ("calibrated_loss", "label_noise", "temperature")
+"""What `with_calibrated_loss` adds; `Trainer` puts `eval_` in front."""
+
+# Inverse temperatures of the coarse search, in units of the logits' own spread: from all but uniform
+# predictions to all but hard ones. Each is twice the one before, so that its exponentials are squares.
+_COLDEST, _HOTTEST = 10, -6
+_REFINEMENTS = 20
+_CHUNK_ELEMENTS = 1 << 15  # what stays in a core's cache between the passes over it
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CalibratedLoss:
+    """What `calibrated_loss` found."""
+
+    loss: float
+    """Mean of −log[(1 − ε) softmax(z / T)_y + ε / K] over the labelled rows, in nats; NaN for logits not finite."""
+    temperature: float
+    """T > 0, fitted. Where every labelled row is predicted right, any T small enough would do."""
+    noise: float
+    """ε in [0, 1], fitted: the share of labels that look drawn uniformly from all K classes, the right one among
+    them. Confident mistakes of the model look the same, so a poor model's ε is too high."""
+    num_classes: int
+    """K."""
+    rows: NDArray[np.float64] = field(repr=False, compare=False)
+    """The value of each row, shape (N,); NaN where it has no label. `loss` is their mean, for paired tests."""
+
+    @property
+    def wrong_labels(self) -> float:
+        """ε (K − 1) / K, the share of labels that look wrong: τ of `hf_reset.noise.symmetric_matrix`."""
+        return self.noise * (self.num_classes - 1) / self.num_classes
+
+    @property
+    def standard_error(self) -> float:
+        """Of `loss`, from the spread of the rows; NaN for fewer than two."""
+        values = self.rows[~np.isnan(self.rows)]
+        return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def calibrated_loss(logits: Any, labels: Any) -> CalibratedLoss:
+    """Cross-entropy after the best temperature and noise level: min over T, ε of −log[(1 − ε) softmax(z/T)_y + ε/K].
+
+    Unchanged when all logits are multiplied by one positive number, never above plain cross-entropy
+    (T = 1, ε = 0), never above log K. ε is solved for exactly at each temperature, where the loss is convex in
+    it; T is searched on a grid over 16 octaves, then between the neighbours of the best.
+
+    Only uniform noise is fitted. Where each class is mistaken for one other in particular (pair noise), ε comes
+    out near 0 and T takes its part.
+
+    Args:
+        logits: z, shape (N, K), K at least 2, any floating type; numpy or torch.
+        labels: y, class numbers, shape (N,); rows of −100 are left out.
+
+    Returns:
+        A `CalibratedLoss`. Its figures are NaN where a labelled row's logits are not finite, so that a
+        diverged model is no better than any other.
+
+    Raises:
+        DataError: Shapes or labels that do not fit (regression, multi-label, tokens), or no labelled row.
+
+    References:
+        Chuan Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2 (temperature),
+        https://arxiv.org/abs/1706.04599. Aritra Ghosh et al., "Robust Loss Functions under Label Noise for Deep
+        Neural Networks", AAAI 2017, https://arxiv.org/abs/1712.09482 (why bounded losses resist noise).
+
+    Example:
+        >>> import numpy as np
+        >>> found = calibrated_loss(np.eye(3) * 20.0, np.array([0, 1, 0]))  # sure of every row, wrong in the last
+        >>> round(found.loss, 2), round(found.noise, 2)
+        (1.0, 0.5)
+    """
+    fit = _Rows.of(logits, labels)
+    if not fit.is_finite:
+        return CalibratedLoss(math.nan, math.nan, math.nan, fit.num_classes, fit.spread(math.nan))
+    temperature, noise = _best_fit(fit)
+    values = _row_losses(fit.log_p(1 / temperature), noise, fit.num_classes)
+    return CalibratedLoss(float(values.mean()), temperature, noise, fit.num_classes, fit.spread(values))
+
+
+def calibrated_rows(logits: Any, labels: Any, temperature: float, noise: float) -> NDArray[np.float64]:
+    """Each row's −log[(1 − ε) softmax(z / T)_y + ε / K], for a temperature and a noise level known already.
+
+    Args:
+        logits: z, shape (N, K).
+        labels: y, shape (N,).
+        temperature: T > 0.
+        noise: ε in [0, 1].
+
+    Returns:
+        Shape (N,), in nats; NaN where a row has no label (−100) or its logits are not finite.
+
+    Raises:
+        DataError: As `calibrated_loss`; or T or ε out of range.
+    """
+    if not 0 < temperature < math.inf:
+        raise DataError(f"`temperature` must be above 0, got {temperature}. 1 leaves the logits as they are.")
+    if not 0 <= noise <= 1:
+        raise DataError(f"`noise` must be in [0, 1], got {noise}. 0 is plain cross-entropy.")
+    rows = _Rows.of(logits, labels)
+    with np.errstate(invalid="ignore"):
+        return rows.spread(_row_losses(rows.log_p(1 / temperature), noise, rows.num_classes))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The labelled rows: logits less the row's largest (n, K), the same at the label (n,), and where they were."""
+
+    below: _Floats
+    at_label: _Floats
+    is_labelled: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, logits: Any, labels: Any) -> _Rows:
+        values = _check_logits(to_numpy(logits))
+        wanted = class_numbers(labels, *values.shape)
+        is_labelled = wanted != IGNORE_INDEX
+        if not is_labelled.any():
+            raise DataError(f"`labels` holds no label: each of its {len(wanted)} rows is {IGNORE_INDEX}.")
+        with np.errstate(invalid="ignore"):  # inf − inf: such a row becomes NaN
+            below = values[is_labelled].astype(np.float64)
+            below -= below.max(axis=1, keepdims=True)
+        return cls(below, below[np.arange(len(below)), wanted[is_labelled]], is_labelled)
+
+    @property
+    def num_classes(self) -> int:
+        return self.below.shape[1]
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.below).all())
+
+    def spread(self, values: _Floats | float) -> _Floats:
+        """The labelled rows' values at their places among all rows, NaN elsewhere."""
+        out = np.full(len(self.is_labelled), np.nan)
+        out[self.is_labelled] = values
+        return out
+
+    def log_p(self, beta: float) -> _Floats:
+        """log softmax(β z)_y, shape (n,)."""
+        return np.concatenate([self.at_label[part] * beta - _log_sum(self.below[part] * beta) for part in self._parts])
+
+    def log_p_slope(self, beta: float) -> tuple[_Floats, _Floats]:
+        """log softmax(β z)_y and its derivative to β, z_y − Σ_k p_k z_k, both of shape (n,)."""
+        values, slopes = [], []
+        for part in self._parts:
+            shares = np.exp(self.below[part] * beta)
+            sums = shares.sum(axis=1)
+            values.append(self.at_label[part] * beta - np.log(sums))
+            slopes.append(self.at_label[part] - np.einsum("nk,nk->n", shares, self.below[part]) / sums)
+        return np.concatenate(values), np.concatenate(slopes)
+
+    def log_p_doubling(self, beta: float, times: int) -> _Floats:
+        """log softmax(β 2^j z)_y for j = 0 … times − 1, shape (times, n): one exponential, then squares of it."""
+        sums = np.empty((times, len(self.below)))
+        for part in self._parts:
+            shares = np.exp(self.below[part] * beta)
+            for octave in range(times):
+                sums[octave, part] = shares.sum(axis=1)
+                np.multiply(shares, shares, out=shares)
+        betas = beta * 2.0 ** np.arange(times)
+        return betas[:, None] * self.at_label - np.log(sums)
+
+    @property
+    def _parts(self) -> list[slice]:
+        size = max(1, _CHUNK_ELEMENTS // self.num_classes)
+        return [slice(start, start + size) for start in range(0, len(self.below), size)]
+
+
+def _check_logits(values: NDArray[Any]) -> NDArray[Any]:
+    if values.ndim == 3:
+        raise DataError(
+            f"`logits` has shape {values.shape}, a row of classes for each token. Label noise is fitted a row of "
+            "the data set, and a wrong response is wrong in all its tokens at once, which no noise level a token "
+            'describes (nor do the logits of a whole validation set fit into memory): use "eval_loss" for causal and '
+            "sequence-to-sequence models. For token classification pass the tokens as rows, (tokens, classes)."
+        )
+    if values.ndim != 2 or values.shape[1] < 2:
+        hint = "One column is a regression, which has no classes." if values.ndim == 2 else "Are these predictions?"
+        raise DataError(f"`logits` must have shape (N, K) with at least 2 classes, got {values.shape}. {hint}")
+    return values
+
+
+def _log_sum(exponents: _Floats) -> _Floats:
+    return np.log(np.exp(exponents, out=exponents).sum(axis=1))
+
+
+def _row_losses(log_p: _Floats, noise: float, num_classes: int) -> _Floats:
+    """−log[(1 − ε) p + ε / K], finite where p itself is 0 in floating point."""
+    with np.errstate(divide="ignore"):
+        return -np.logaddexp(log_p + np.log1p(-noise), np.log(noise / num_classes))
+
+
+def _best_fit(rows: _Rows) -> tuple[float, float]:
+    """The best (T, ε), plain cross-entropy's (1, 0) among the candidates."""
+    candidates = [(float(-rows.log_p(1.0).mean()), 0.0, 0.0)]
+    scale = _typical_spread(rows.below)
+    if scale > 0:  # constant logits know nothing, at any temperature
+        candidates += _search(rows, math.log(2.0**_HOTTEST / scale))
+    _, log_beta, noise = min(candidates)
+    return math.exp(-log_beta), noise
+
+
+def _typical_spread(below: _Floats) -> float:
+    """The rows' median distance from the largest logit to the mean, or their mean distance where that is 0."""
+    spreads = -below.mean(axis=1)
+    return float(np.median(spreads)) or float(spreads.mean())
+
+
+def _search(rows: _Rows, hottest: float) -> list[tuple[float, float, float]]:
+    """Candidates (loss, log β, ε): the best of the grid, and what is found between its neighbours."""
+    octaves = _COLDEST - _HOTTEST + 1
+    losses, noises = _fit_noise(rows.log_p_doubling(math.exp(hottest), octaves), rows.num_classes)
+    best = int(losses.argmin())
+    start = hottest + best * math.log(2)
+    found = [(float(losses[best]), start, float(noises[best]))]
+    if 0 < best < octaves - 1:
+        found += _descend(rows, start)
+    return found
+
+
+def _descend(rows: _Rows, start: float) -> list[tuple[float, float, float]]:
+    """Follow dF/d log β to its zero next to `start`, F(β) = min over ε, by regula falsi (Illinois)."""
+    loss, noise, slope = _loss_and_slope(rows, start)
+    found = [(loss, start, noise)]
+    here, slope_here = start, slope
+    there = start - math.copysign(math.log(2), slope)  # the neighbour on the side where the loss falls
+    loss, noise, slope_there = _loss_and_slope(rows, there)
+    found.append((loss, there, noise))
+    for _ in range(_REFINEMENTS):
+        crosses = slope_here * slope_there < 0
+        middle = (here * slope_there - there * slope_here) / (slope_there - slope_here) if crosses else 0.0
+        middle = middle if crosses else (here + there) / 2
+        loss, noise, slope = _loss_and_slope(rows, middle)
+        found.append((loss, middle, noise))
+        if abs(slope) < 1e-7:
+            break
+        if slope * slope_there < 0:
+            here, slope_here = there, slope_there
+        else:
+            slope_here /= 2
+        there, slope_there = middle, slope
+    return found
+
+
+def _loss_and_slope(rows: _Rows, log_beta: float) -> tuple[float, float, float]:
+    """F, the ε that gives it, and dF/d log β (that of the loss at fixed ε, since ε is at its minimum)."""
+    beta = math.exp(log_beta)
+    log_p, slopes = rows.log_p_slope(beta)
+    losses, noises = _fit_noise(log_p[None], rows.num_classes)
+    values = _row_losses(log_p, float(noises[0]), rows.num_classes)
+    from_model = np.exp(np.log1p(-noises[0]) + log_p + values) if noises[0] < 1 else 0.0
+    return float(losses[0]), float(noises[0]), float(-(from_model * slopes).mean() * beta)
+
+
+def _fit_noise(log_p: _Floats, num_classes: int) -> tuple[_Floats, _Floats]:
+    """For each temperature the best ε and its loss: log_p (G, n) → losses (G,), ε (G,).
+
+    The loss is convex in ε: Newton's steps on its derivative, halving the bracket where one leaves it.
+    """
+    p, uniform = np.exp(log_p), 1 / num_classes
+    difference = uniform - p
+    low, high = np.zeros(len(p)), np.ones(len(p))
+    noise = np.full(len(p), 0.5)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        never = (uniform / p).mean(axis=1) <= 1  # the derivative at ε = 0 is not below 0
+        always = p.mean(axis=1) <= uniform
+        for _ in range(60):
+            ratio = difference / (p + noise[:, None] * difference)
+            slope = -ratio.mean(axis=1)
+            high, low = np.where(slope > 0, noise, high), np.where(slope > 0, low, noise)
+            step = noise - slope / np.einsum("gn,gn->g", ratio, ratio) * p.shape[1]
+            following = np.where((step > low) & (step < high), step, (low + high) / 2)
+            moved, noise = np.abs(following - noise), following
+            if (moved[~(never | always)] < 1e-10).all():
+                break
+    noise = np.where(never, 0.0, np.where(always, 1.0, noise))
+    losses = [_row_losses(log, float(level), num_classes).mean() for log, level in zip(log_p, noise, strict=True)]
+    return np.array(losses), noise
+
+
+def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, Any]] | None = None) -> CalibratedMetrics:
+    """A `compute_metrics` for any `Trainer` that adds the calibrated loss of the validation labels.
+
+    `Trainer(..., compute_metrics=with_calibrated_loss(mine))` gives what `mine` gives, and beside it
+    `calibrated_loss`, `label_noise` (the share of validation labels that look wrong,
+    `CalibratedLoss.wrong_labels`) and `temperature`; `Trainer` calls them `eval_calibrated_loss` and so
+    on. Anchors are chosen by it with `reset_metric="eval_calibrated_loss"`, checkpoints with
+    `metric_for_best_model="eval_calibrated_loss"`. Right under any sharding: `Trainer` gathers the rows and
+    drops the last batch's padding before it calls this. `batch_eval_metrics` works, at the cost of keeping the
+    logits. With `prediction_loss_only` no `Trainer` calls `compute_metrics` at all.
+
+    It warns once, with `WeakEvidenceWarning`, where the figure says less than it seems: below
+    `MINIMUM_ROWS` labelled rows, or where all labels are of one class.
+
+    Args:
+        compute_metrics: Your own, called with the same arguments; None for none.
+
+    Returns:
+        The function. It raises DataError for what is no single-label classification, MetricError where
+        `compute_metrics` returns one of its names, or takes no `compute_result` though
+        `batch_eval_metrics` is on.
+
+    Example:
+        >>> import numpy as np
+        >>> from transformers import EvalPrediction
+        >>> rows = EvalPrediction(predictions=np.eye(2)[[0, 1] * 50], label_ids=np.array([0, 1] * 50))
+        >>> sorted(with_calibrated_loss()(rows))
+        ['calibrated_loss', 'label_noise', 'temperature']
+    """
+    return CalibratedMetrics(compute_metrics)
+
+
+class CalibratedMetrics:
+    """The function that `with_calibrated_loss` returns; between two batches of an evaluation it keeps the rows."""
+
+    def __init__(self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None) -> None:
+        self.compute_metrics = compute_metrics
+        self._kept: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._has_warned = False
+
+    def __call__(self, prediction: Any, compute_result: bool | None = None) -> dict[str, Any]:
+        """Return the metrics; `compute_result`: None for a whole evaluation, else whether this batch is the last."""
+        metrics = self._own(prediction, compute_result)
+        self._kept.append(_logits_and_labels(prediction.predictions, prediction.label_ids))
+        if compute_result is False:
+            return metrics
+        logits, labels = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
+        self._kept.clear()
+        found = calibrated_loss(logits, labels)
+        self._warn(found, labels)
+        return metrics | dict(zip(METRIC_NAMES, (found.loss, found.wrong_labels, found.temperature), strict=True))
+
+    def _own(self, prediction: Any, compute_result: bool | None) -> dict[str, Any]:
+        if self.compute_metrics is None:
+            return {}
+        options = {} if compute_result is None else {"compute_result": compute_result}
+        if options and not _takes_compute_result(self.compute_metrics):
+            raise MetricError(
+                "`batch_eval_metrics` is on, so `compute_metrics` is called a batch at a time and must take "
+                "`compute_result`, but yours does not. Add the argument, or turn `batch_eval_metrics` off."
+            )
+        metrics = dict(self.compute_metrics(prediction, **options) or {})
+        taken = sorted(set(metrics) & {prefix + name for name in METRIC_NAMES for prefix in ("", "eval_")})
+        if taken:
+            raise MetricError(
+                f"`compute_metrics` returns {taken[0]!r} itself, which `with_calibrated_loss` adds. Rename yours, or "
+                "pass it to Trainer unwrapped."
+            )
+        return metrics
+
+    def _warn(self, found: CalibratedLoss, labels: NDArray[Any]) -> None:
+        given = labels[labels != IGNORE_INDEX]
+        reasons = []
+        if len(given) < MINIMUM_ROWS:
+            reasons.append(
+                f"it rests on {len(given)} labelled validation rows, fewer than {MINIMUM_ROWS}, and has a standard "
+                f"error of {found.standard_error:.2g} nats: of two evaluations that differ by less than about "
+                f"{2 * found.standard_error:.2g} nats neither is known to be better. Hold out more rows."
+            )
+        if len(np.unique(given)) == 1:
+            reasons.append(
+                f"each validation label is class {given[0]}, so it rewards predicting that class always. Shuffle "
+                "before splitting, or split by class."
+            )
+        if reasons and not self._has_warned:
+            self._has_warned = True
+            message = "`calibrated_loss` is weak evidence: " + " And ".join(reasons)
+            warnings.warn(message, WeakEvidenceWarning, stacklevel=3)
+
+
+def _takes_compute_result(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters
+    return "compute_result" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _logits_and_labels(predictions: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """One (n, K) and one (n,) from what `Trainer` hands over: arrays, tuples of them, or lists of batches."""
+    if isinstance(predictions, list):  # eval_do_concat_batches=False
+        parts = [_logits_and_labels(*batch) for batch in zip(predictions, labels, strict=True)]
+        logits, labels = (np.concatenate(kind) for kind in zip(*parts, strict=True))
+        return logits, labels
+    if isinstance(predictions, (tuple, Mapping)):  # logits come first, hidden states and the like after them
+        predictions = next(iter(predictions.values() if isinstance(predictions, Mapping) else predictions))
+    if isinstance(labels, tuple):
+        raise DataError(
+            f"There are {len(labels)} arrays of labels a row; `calibrated_loss` needs one class number. Set "
+            "`label_names` to that one column."
+        )
+    logits = _check_logits(to_numpy(predictions))
+    return logits, class_numbers(labels, *logits.shape)
