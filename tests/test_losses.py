@@ -10,20 +10,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_reset.errors import ConfigError
 from hf_reset.losses import (
     LOSSES,
+    active_passive,
     compute_loss_func,
     cross_entropy,
     generalized_cross_entropy,
+    hard_bootstrapping,
     label_log_probability,
     shifts_labels,
+    soft_bootstrapping,
+    soft_target_rows,
     symmetric_cross_entropy,
 )
 from hf_reset.losses import robust as losses
+from hf_reset.losses.reduce import per_example, reduce, scored_rows
 
 # Every loss of the package with settings that make it neither cross-entropy nor a constant.
 CASES = {
     "cross_entropy": cross_entropy,
     "gce": partial(generalized_cross_entropy, q=0.4),
     "sce": partial(symmetric_cross_entropy, alpha=0.3, beta=0.8),
+    "nce_rce": partial(active_passive, alpha=0.6, beta=0.7),
+    "soft_bootstrapping": partial(soft_bootstrapping, beta=0.6),
+    "hard_bootstrapping": partial(hard_bootstrapping, beta=0.6),
 }
 every_loss = pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
 
@@ -51,6 +59,18 @@ def naive_sce(logits, labels, alpha, beta, log_zero=-4.0):
     return (alpha * F.cross_entropy(logits, labels, reduction="none") + beta * reverse).mean()
 
 
+def naive_nce_rce(logits, labels, alpha, beta, log_zero=-4.0):
+    every = torch.stack([F.cross_entropy(logits, torch.full_like(labels, k), reduction="none") for k in range(5)])
+    normalised = F.cross_entropy(logits, labels, reduction="none") / every.sum(0)
+    return (alpha * normalised).mean() + naive_sce(logits, labels, 0.0, beta, log_zero)
+
+
+def naive_bootstrapping(logits, labels, beta, hard):
+    p, given = logits.softmax(-1), F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    own = F.one_hot(p.argmax(-1), logits.shape[1]).to(logits.dtype) if hard else p
+    return -((beta * given + (1 - beta) * own) * p.log()).sum(-1).mean()
+
+
 def test_values_and_gradients_equal_the_formulas_of_the_papers():
     logits, labels = batch()
     pairs = [
@@ -60,6 +80,12 @@ def test_values_and_gradients_equal_the_formulas_of_the_papers():
             lambda x: naive_sce(x, labels, 0.3, 0.8),
         ),
         (lambda x: cross_entropy(x, labels), lambda x: F.cross_entropy(x, labels)),
+        (
+            lambda x: active_passive(x, labels, alpha=0.6, beta=0.7),
+            lambda x: naive_nce_rce(x, labels, 0.6, 0.7),
+        ),
+        (lambda x: soft_bootstrapping(x, labels, beta=0.6), lambda x: naive_bootstrapping(x, labels, 0.6, hard=False)),
+        (lambda x: hard_bootstrapping(x, labels, beta=0.6), lambda x: naive_bootstrapping(x, labels, 0.6, hard=True)),
     ]
     for ours, reference in pairs:
         torch.testing.assert_close(ours(logits), reference(logits))
@@ -84,6 +110,66 @@ def test_sce_limits_are_cross_entropy_and_mean_absolute_error():
     torch.testing.assert_close(only_ce, F.cross_entropy(logits, labels))
     only_reverse = symmetric_cross_entropy(logits, labels, alpha=0.0, beta=0.5, log_zero=-6.0)
     torch.testing.assert_close(only_reverse, 3.0 * generalized_cross_entropy(logits, labels, q=1.0))
+
+
+def test_normalised_cross_entropy_over_all_labels_sums_to_one():
+    logits, _ = batch()
+    losses = [active_passive(logits, torch.full((12,), k), alpha=1.0, beta=0.0) for k in range(5)]
+    torch.testing.assert_close(sum(losses), torch.tensor(1.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("loss", [soft_bootstrapping, hard_bootstrapping])
+def test_bootstrapping_at_beta_1_is_cross_entropy(loss):
+    logits, labels = batch()
+    torch.testing.assert_close(loss(logits, labels, beta=1.0), F.cross_entropy(logits, labels))
+
+
+def test_soft_targets_equal_cross_entropy_with_probabilities():
+    logits, labels = batch()
+    targets = batch(seed=1)[0].softmax(-1)
+    torch.testing.assert_close(soft_target_rows(logits, targets).mean(), F.cross_entropy(logits, targets))
+    ours, reference = (
+        gradient(lambda x: soft_target_rows(x, targets).mean(), logits),
+        gradient(lambda x: F.cross_entropy(x, targets), logits),
+    )
+    torch.testing.assert_close(ours, reference)
+    hard = F.one_hot(labels, 5)
+    torch.testing.assert_close(soft_target_rows(logits, hard), F.cross_entropy(logits, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_are_what_the_reducer_averages(name):
+    logits, labels = batch()
+    rows = LOSSES[name].rows(logits, labels)
+    assert rows.shape == (12,)
+    torch.testing.assert_close(rows.mean(), LOSSES[name](logits, labels))
+    alone = torch.stack([LOSSES[name](logits[i : i + 1], labels[i : i + 1]) for i in range(12)])
+    torch.testing.assert_close(rows, alone)
+
+
+def test_weights_scale_each_example_and_leave_the_divisor():
+    logits, labels = batch()
+    logits, labels = logits.view(3, 4, -1), labels.view(3, 4)
+    labels[1, 2] = -100
+    scored = scored_rows(logits, labels)
+    values = losses.cross_entropy_rows(scored.logits, scored.labels)
+    weights = torch.tensor([1.0, 0.0, 0.5])
+    sums = [cross_entropy(logits[i : i + 1], labels[i : i + 1], num_items_in_batch=1) for i in range(3)]
+    expected = (sums[0] + 0.5 * sums[2]) / 8  # 3 shifted labels a sequence, one of them ignored
+    torch.testing.assert_close(reduce(values, scored, weights=weights), expected)
+    expected = (sums[0] + 0.5 * sums[2]) / 20
+    torch.testing.assert_close(reduce(values, scored, weights=weights, num_items_in_batch=20), expected)
+
+
+def test_mean_of_each_sequence():
+    logits, labels = batch()
+    logits, labels = logits.view(3, 4, -1), labels.view(3, 4)
+    labels[1, 2:] = labels[2] = -100
+    scored = scored_rows(logits, labels)
+    means = per_example(losses.cross_entropy_rows(scored.logits, scored.labels), scored)
+    for i in range(2):
+        torch.testing.assert_close(means[i], cross_entropy(logits[i : i + 1], labels[i : i + 1]))
+    assert means[2].isnan()
 
 
 @every_loss
@@ -243,6 +329,9 @@ def test_names_reach_the_losses():
         ),
         (lambda: compute_loss_func("sce", alpha=0, beta=0), r"not both 0"),
         (lambda: compute_loss_func("sce", log_zero=1.0), r"`log_zero` stands for log 0"),
+        (lambda: compute_loss_func("nce_rce", beta=-1.0), r"at least 0 and not both 0"),
+        (lambda: compute_loss_func("soft_bootstrapping", beta=2.0), r"`beta` must be in \[0, 1\], got 2.0"),
+        (lambda: compute_loss_func("hard_bootstrapping", beta=-1.0), r"`beta` must be in \[0, 1\], got -1.0"),
         (lambda: compute_loss_func("gce")({"logits": torch.zeros(1, 2)}, None), r"needs `labels`"),
         (lambda: cross_entropy(torch.zeros(3, 2), torch.zeros(2).long()), r"got \(3, 2\) with \(2,\)"),
         (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_reset.errors import ConfigError
-from hf_reset.losses.robust import LOSSES, compute_loss_func, shifts_labels
+from hf_reset.losses.by_name import LOSSES, compute_loss_func, shifts_labels
 from hf_reset.policy import ResetConfig
 
 _PREFIX = "reset_"
