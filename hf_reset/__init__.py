@@ -34,7 +34,20 @@ _HOME = {
 }
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
-_MODULES = ("corpora", "diagnostics", "errors", "langevin", "losses", "metrics", "noise", "policy", "report", "theory")
+_MODULES = (
+    "corpora",
+    "diagnostics",
+    "errors",
+    "excursions",
+    "langevin",
+    "losses",
+    "metrics",
+    "noise",
+    "planner",
+    "policy",
+    "report",
+    "theory",
+)
 
 __all__ = [
     "AnchorStore",

@@ -1,0 +1,354 @@
+"""How often to reset, from what a run has shown: excursions → hazard → probability.
+
+The evaluations of an excursion are trials: the hazard at age k is the chance that an evaluation k intervals after the
+anchor is a new best, none before it having been one. By renewal theory a hazard gives the improvements a step
+of any way to reset; a falling one says reset sooner, a rising one says do not.
+
+Ages are counted in evaluation intervals, since nothing is seen between two evaluations, and x = r · interval is the
+resets an interval. The hazard is constant within ages 1, 2, 3–4, 5–8, …, and weakly held to a prior: the shape of a
+first passage by diffusion alone, which is best at x = 1/2, at the run's own height. Everything is a pure function of
+plain values, so all ranks choose the same without talking, and a resumed run repeats its choices.
+
+References:
+    S. Ray, D. Mondal, S. Reuveni, J. Phys. A 52 (2019) 255002, arXiv 1811.08239, for restart and the hazard's fall.
+    M. Luby, A. Sinclair, D. Zuckerman, "Optimal speedup of Las Vegas algorithms", Inf. Process. Lett. 47 (1993) 173.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_reset.errors import ConfigError
+from hf_reset.excursions import Excursion
+
+Array: TypeAlias = NDArray[np.floating[Any]]
+
+# Resets an evaluation interval, x: no choice is outside the bounds. Above 1 most excursions would never be evaluated.
+PRIOR, LOWER, UPPER = 1 / 2, 1 / 32, 1.0
+BINS = 8  # ages 1, 2, 3–4, …, 65 and more
+ENOUGH_HITS, ENOUGH_EXCURSIONS = 3.0, 8.0  # below either, nothing can be said and the prior stands
+_FORGETTING = 0.98  # of what is known, at each excursion's end: half is gone after 34, since the anchor moves on
+_PRIOR_HITS = 2.0  # what a bin's prior weighs, in improvements
+_GRID = 2.0 ** np.arange(-5, 0.125, 0.25)
+_AGES = np.arange(1, 257)
+_BIN_OF_AGE = np.minimum([(int(k) - 1).bit_length() for k in _AGES], BINS - 1)
+
+
+def luby(i: int) -> int:
+    """The i-th term (from 1) of 1, 1, 2, 1, 1, 2, 4, 1, …: excursions that need no estimate.
+
+    Within a logarithmic factor of the best schedule for any distribution of first-passage times (Luby et al. 1993).
+
+    Raises:
+        ConfigError: i is below 1.
+    """
+    if i < 1:
+        raise ConfigError(f"`i` must be at least 1, got {i!r}. The sequence begins with its first term.")
+    while (i + 1) & i:  # not yet the last of a block of 2^k − 1 terms
+        i -= (1 << (i.bit_length() - 1)) - 1
+    return (i + 1) // 2
+
+
+# ---------------------------------------------------------------------------------------------- hazard and renewal
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trials and improvements by age, (BINS,) each: what a hazard is estimated from."""
+
+    hits: tuple[float, ...] = (0.0,) * BINS
+    trials: tuple[float, ...] = (0.0,) * BINS
+    excursions: float = 0.0
+
+    def after(self, age: int, interval: int, improved: bool) -> Counts:
+        """With one evaluation more, `age` steps into an excursion."""
+        at = _bin(age, interval)
+        hits, trials = list(self.hits), list(self.trials)
+        hits[at] += improved
+        trials[at] += 1
+        return replace(self, hits=tuple(hits), trials=tuple(trials))
+
+    def with_excursion(self, forgetting: float = 1.0) -> Counts:
+        """With one evaluated excursion more ended, and all before it forgotten a little."""
+        return Counts(
+            tuple(forgetting * value for value in self.hits),
+            tuple(forgetting * value for value in self.trials),
+            forgetting * self.excursions + 1,
+        )
+
+    @property
+    def say_enough(self) -> bool:
+        """Whether there are excursions and improvements enough to say anything."""
+        return sum(self.hits) >= ENOUGH_HITS and self.excursions >= ENOUGH_EXCURSIONS
+
+
+def counts_of(excursions: Sequence[Excursion], interval: int) -> Counts:
+    """The trials of all excursions, none forgotten."""
+    hits, trials = _tables(excursions, interval)
+    return Counts(tuple(hits.sum(axis=0).tolist()), tuple(trials.sum(axis=0).tolist()), float(len(excursions)))
+
+
+def _tables(excursions: Sequence[Excursion], interval: int) -> tuple[Array, Array]:
+    """Improvements and trials, (excursions, BINS) each."""
+    hits, trials = np.zeros((len(excursions), BINS)), np.zeros((len(excursions), BINS))
+    for row, excursion in enumerate(excursions):
+        bins = [_bin(age, interval) for age in excursion.ages]
+        np.add.at(trials[row], bins, 1)
+        hits[row, bins[-1]] += excursion.improved
+    return hits, trials
+
+
+def _bin(age: int, interval: int) -> int:
+    return min((math.ceil(age / interval) - 1).bit_length(), BINS - 1)
+
+
+def hazard(counts: Counts) -> Array:
+    """The hazard by age, (256,), at intervals 1, 2, …: chance that an evaluation of that age is a new best.
+
+    Gamma–Poisson: a bin with s improvements in n trials, where the prior expects m a trial, has
+    m (s + κ)/(n m + κ), κ = 2. The prior's height follows the run's improvements, its shape is that of diffusion.
+    """
+    hits, trials = np.array(counts.hits), np.array(counts.trials)
+    shape = np.array([_DIFFUSIVE[b == _BIN_OF_AGE].mean() for b in range(BINS)])
+    height = (hits.sum() + 1) / ((trials * shape).sum() + 1)
+    expected = np.minimum(height * shape, 0.95)
+    each = expected * (hits + _PRIOR_HITS) / (trials * expected + _PRIOR_HITS)
+    return np.minimum(each, 0.999)[_BIN_OF_AGE]
+
+
+def improvements_per_interval(hazard: Array, resets_per_interval: Array) -> Array:
+    """Improvements an evaluation interval under resets at rate x: x G/(1 − G), G = E[e^(−x K)], K the first passage.
+
+    Args:
+        hazard: (ages,); beyond them the last value holds.
+        resets_per_interval: x > 0, (rates,).
+
+    Returns:
+        (rates,).
+    """
+    x = np.asarray(resets_per_interval, dtype=float)[:, None]
+    alive = np.concatenate([[1.0], np.cumprod(1 - hazard)])
+    ages = np.arange(1, len(hazard) + 1)
+    passed = (np.exp(-x * ages) * (alive[:-1] * hazard)).sum(axis=1)
+    last, x = hazard[-1], x[:, 0]
+    tail = alive[-1] * np.exp(-x * len(hazard)) * last * np.exp(-x) / (1 - (1 - last) * np.exp(-x))
+    transform = passed + tail
+    return x * transform / np.maximum(1 - transform, 1e-300)
+
+
+def improvements_by_period(hazard: Array) -> Array:
+    """Improvements an interval with a reset every K = 1, 2, … intervals: P(T <= K) / E[min(T, K)], (ages,)."""
+    alive = np.concatenate([[1.0], np.cumprod(1 - hazard)])
+    return (1 - alive[1:]) / np.cumsum(alive[:-1])
+
+
+def best_resets_per_interval(counts: Counts, *, periodic: bool = False) -> float:
+    """The x within the bounds that makes improvements a step most; the prior's where too little is known."""
+    if not counts.say_enough:
+        return PRIOR
+    if periodic:
+        rates = improvements_by_period(hazard(counts))[: round(1 / LOWER)]
+        return 1 / (1 + int(np.round(rates / rates.max(), 9).argmax()))
+    rates = improvements_per_interval(hazard(counts), _GRID)
+    return float(_GRID[np.round(rates / rates.max(), 9).argmax()])  # rounded: the same on every machine
+
+
+# ---------------------------------------------------------------------------------------------------------- online
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `probability="auto"` knows and has chosen: JSON-plain, part of the saved state.
+
+    Attributes:
+        probability: r in use; None before the first evaluation has told the interval.
+        interval: optimizer steps between the first two evaluations.
+        start: steps done when the current excursion started.
+        evaluated: whether the current excursion has had an evaluation.
+        counts: of the excursions so far, older ones forgotten by and by.
+    """
+
+    probability: float | None = None
+    interval: int | None = None
+    start: int = 0
+    evaluated: bool = False
+    counts: Counts = Counts()
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Plan:
+        """A plan from what `asdict` and JSON made of it."""
+        counts = values["counts"]
+        known = Counts(tuple(counts["hits"]), tuple(counts["trials"]), counts["excursions"])
+        return cls(**{**values, "counts": known})
+
+
+def plan_after_evaluation(plan: Plan, step: int, *, improved: bool, first: bool, periodic: bool = False) -> Plan:
+    """Take in one evaluation, and choose the probability anew.
+
+    Args:
+        plan: what is known so far.
+        step: optimizer steps done.
+        improved: whether it was a new best.
+        first: whether it was the first best: there was no anchor to start from.
+        periodic: whether resets come every round(1/r) steps rather than by chance.
+    """
+    age = step - plan.start
+    if plan.interval is None and age > 0:
+        plan = replace(plan, interval=age)
+    interval = plan.interval
+    if interval is None or age <= 0:
+        return replace(plan, start=step) if improved else plan
+    if not first:
+        plan = replace(plan, counts=plan.counts.after(age, interval, improved), evaluated=True)
+    if improved:
+        plan = _excursion_ended(plan, step)
+    chosen = best_resets_per_interval(plan.counts, periodic=periodic)
+    return replace(plan, probability=chosen / interval)
+
+
+def plan_after_reset(plan: Plan, step: int) -> Plan:
+    """The excursion is censored; `step` steps are done, the last of which ended in the reset."""
+    return _excursion_ended(plan, step)
+
+
+def _excursion_ended(plan: Plan, step: int) -> Plan:
+    counts = plan.counts.with_excursion(_FORGETTING) if plan.evaluated else plan.counts
+    return replace(plan, counts=counts, start=step, evaluated=False)
+
+
+# ------------------------------------------------------------------------------------------------- recommendations
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to choose next time, each with a 90 % bootstrap interval over excursions.
+
+    Attributes:
+        probability: r, per optimizer step; 0 where resets would not pay. With its range, as the others.
+        patience: evaluations without a new best before resets begin.
+        evaluation_interval: optimizer steps between evaluations.
+        excursions: how many the advice rests on.
+        improvements: how many of these ended with a new best.
+        hazard: "falling", "rising", or "unknown".
+        reason: in words.
+    """
+
+    probability: float
+    probability_range: tuple[float, float]
+    patience: int
+    patience_range: tuple[int, int]
+    evaluation_interval: int
+    evaluation_interval_range: tuple[int, int]
+    excursions: int
+    improvements: int
+    hazard: str
+    reason: str
+
+    def as_plain(self) -> dict[str, Any]:
+        """JSON-plain."""
+        return asdict(self)
+
+
+def recommend(excursions: Sequence[Excursion], interval: int, *, seed: int = 0, resamples: int = 200) -> Recommendation:
+    """Probability, patience and evaluation interval from a run's excursions.
+
+    The probability maximises improvements a step. The patience is what 9 of 10 improvements of the run needed: waiting
+    longer is overfitting, waiting less mistakes a pause for the end. The interval gives a mean excursion two
+    evaluations.
+
+    Args:
+        excursions: of the run, see `excursions_of`.
+        interval: steps between its evaluations.
+        seed: of the bootstrap.
+        resamples: bootstrap resamples, at least 20.
+
+    Raises:
+        ConfigError: the interval or the resamples are too small.
+    """
+    if interval < 1 or resamples < 20:
+        raise ConfigError(f"`interval` must be at least 1 and `resamples` 20, got {interval!r} and {resamples!r}.")
+    tables, waits = _tables(excursions, interval), [_wait(excursion, interval) for excursion in excursions]
+    rows = np.arange(len(excursions))
+    chosen, patience, few = _choice(tables, waits, rows)
+    rng = np.random.default_rng(seed)
+    again = [_choice(tables, waits, rng.choice(rows, len(rows))) for _ in range(resamples)] if len(rows) else []
+    low, high = np.quantile([LOWER, UPPER] if few else [draw[0] for draw in again], [0.05, 0.95]).tolist()
+    least, most = np.quantile([draw[1] for draw in again] or [patience], [0.05, 0.95])
+    shape = "unknown" if few else "rising" if chosen <= LOWER else "falling"
+    spans = [interval if few else _interval_for(x, interval) for x in (high, chosen, low)]
+    return Recommendation(
+        probability=_probability(chosen, interval, shape),
+        probability_range=(_probability(low, interval, shape), high / interval),
+        patience=patience,
+        patience_range=(math.floor(least), math.ceil(most)),
+        evaluation_interval=spans[1],
+        evaluation_interval_range=(min(spans), max(spans)),
+        excursions=len(excursions),
+        improvements=sum(excursion.improved for excursion in excursions),
+        hazard=shape,
+        reason=_reason(excursions, chosen / interval, shape),
+    )
+
+
+def _probability(resets_per_interval: float, interval: int, shape: str) -> float:
+    """Per step; 0 at the lower bound, where the data speak against resets."""
+    never = resets_per_interval <= LOWER and shape != "unknown"
+    return 0.0 if never else resets_per_interval / interval
+
+
+def _wait(excursion: Excursion, interval: int) -> int | None:
+    """Evaluations that its improvement took, None without one."""
+    return math.ceil(excursion.ages[-1] / interval) if excursion.improved else None
+
+
+def _choice(
+    tables: tuple[Array, Array], waits: Sequence[int | None], rows: NDArray[np.integer[Any]]
+) -> tuple[float, int, bool]:
+    """x and patience from some of the excursions, and whether these are too few."""
+    hits, trials = (table[rows].sum(axis=0) for table in tables)
+    counts = Counts(tuple(hits), tuple(trials), float(len(rows)))
+    needed = [wait for row in rows if (wait := waits[row]) is not None]
+    patience = max(1, math.ceil(np.quantile(needed, 0.9))) if needed else 2
+    return best_resets_per_interval(counts), patience, not counts.say_enough
+
+
+def _interval_for(resets_per_interval: float, interval: int) -> int:
+    """Steps between evaluations that give a mean excursion two; as it is where resets do not pay."""
+    return interval if resets_per_interval <= LOWER else max(1, round(interval / resets_per_interval / 2))
+
+
+def _reason(excursions: Sequence[Excursion], probability: float, shape: str) -> str:
+    improved = sum(excursion.improved for excursion in excursions)
+    if shape == "unknown":
+        return (
+            f"{len(excursions)} excursions with {improved} improvements say too little: the probability is the "
+            "prior's, a reset every two evaluations, and the best may lie anywhere in the range. It takes at least "
+            f"{ENOUGH_EXCURSIONS:.0f} excursions and {ENOUGH_HITS:.0f} improvements: evaluate more often, or train "
+            "longer."
+        )
+    if shape == "rising":
+        return (
+            f"The longer an excursion lasts, the likelier an evaluation is a new best ({improved} improvements in "
+            f"{len(excursions)} excursions): a reset would throw away progress. Do not reset; keep the best weights."
+        )
+    return (
+        f"New bests come early in an excursion or not at all ({improved} improvements in {len(excursions)} "
+        f"excursions): going back every {1 / probability:.0f} steps on average finds most new bests a step."
+    )
+
+
+def _diffusive_hazard(scale: float) -> Array:
+    """Hazard of a first passage by diffusion without drift, (256,): P(T > k) = erf(√(L²/(4 D k)))."""
+    alive = np.array([1.0, *(math.erf(math.sqrt(scale / (4 * k))) for k in range(1, len(_AGES) + 1))])
+    return 1 - alive[1:] / alive[:-1]
+
+
+# L²/D in intervals, for which the best x is the prior's where improvements are rare. (In continuous time, seen at every
+# moment, r* L²/D = 2.54 makes it 5; that they are seen only at evaluations makes it 3.)
+_DIFFUSIVE = _diffusive_hazard(3.0)
