@@ -2,7 +2,8 @@
 
 * `robust`: each loss as a pure function, (logits, labels) → one value a row;
 * `reduce`: the one reducer, which leaves out, shifts and divides for all of them;
-* `by_name`: each loss as one number, and by its name for a `Trainer`.
+* `by_name`: each loss as one number, and by its name for a `Trainer`;
+* `memory`: losses that remember rows, (logits, labels, rows) → one value a row.
 
 Names load on first use.
 """
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
         soft_bootstrapping,
         symmetric_cross_entropy,
     )
+    from hf_reset.losses.memory import REMEMBERING_LOSSES, EarlyLearningRegularization, RowWeights
     from hf_reset.losses.reduce import Loss
     from hf_reset.losses.robust import label_log_probability, soft_target_rows
 
 _HOME = {
     "LOSSES": "by_name",
+    "REMEMBERING_LOSSES": "memory",
+    "EarlyLearningRegularization": "memory",
     "Loss": "reduce",
+    "RowWeights": "memory",
     "active_passive": "by_name",
     "compute_loss_func": "by_name",
     "cross_entropy": "by_name",
@@ -44,7 +49,10 @@ _HOME = {
 
 __all__ = [
     "LOSSES",
+    "REMEMBERING_LOSSES",
+    "EarlyLearningRegularization",
     "Loss",
+    "RowWeights",
     "active_passive",
     "compute_loss_func",
     "cross_entropy",
