@@ -46,6 +46,7 @@ _MODULES = (
     "planner",
     "policy",
     "report",
+    "rows",
     "theory",
 )
 

@@ -1,0 +1,185 @@
+"""The rows whose label looks wrong, ranked: a table with cleanlab's column names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hf_reset.arrays import IGNORE_INDEX, to_numpy
+from hf_reset.errors import DataError
+from hf_reset.rows.confident import check_predictions, estimate_noise
+
+
+def find_suspects(
+    probabilities: Any,
+    labels: Any,
+    *,
+    noise_rate: float | None = None,
+    budget: int | None = None,
+    margins: Any = None,
+    **columns: Any,
+) -> pd.DataFrame:
+    """Rank rows by how wrong their label looks.
+
+    The margin of a row is the probability of its given label less that of the most probable other class (Pleiss
+    et al., NeurIPS 2020, arXiv 2001.10528, there of logits). Flagged are rows of margin below 0: of each given
+    class at most the share of wrong labels that `estimate_noise` finds in it, the lowest margins first; with
+    `noise_rate`, at most that share of all rows instead.
+
+    Noise that a model can learn, such as one class called another by rule, shows neither here nor in any other
+    list made from predictions. Read the rows before dropping any, and do not drop rows of a test set by such a
+    list: what is hard for the model would go with what is wrong.
+
+    Args:
+        probabilities: Predicted class probabilities, shape (N, K), rows summing to 1; NaN in all classes of a
+            row that was never predicted. Best from before the model learnt the row: a mean over the visits of
+            a run with resets, or out-of-fold.
+        labels: Given class numbers, shape (N,); −100 where a row has none.
+        noise_rate: Share of wrong labels in [0, 1]; None to estimate it class by class.
+        budget: At most this many rows are flagged, the worst. None: no limit.
+        margins: In [−1, 1], shape (N,), to rank by instead, such as means over visits; NaN where there is none.
+        **columns: More columns of the table, each (N,), such as `visits`, `wrong_events`, `in_training`.
+
+    Returns:
+        A table indexed by the row's number, 0 … N − 1, with the columns `is_label_issue`, `label_quality`
+        ((1 + margin) / 2 in [0, 1], low is bad, below 0.5 where another class is more probable), `given_label`,
+        `predicted_label`, `margin`, `given_probability`, `rank` (1 is the worst), and those of `columns`. A row
+        without label or prediction is no issue; quality, margin and rank are missing there, and the missing
+        label is −100.
+
+    Raises:
+        DataError: Shapes, labels or probabilities that do not fit, more classes than rows, no row to judge, or
+            an option out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> table = find_suspects(np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.1, 0.9]]), [0, 0, 1, 0])
+        >>> table.index[table["is_label_issue"]].tolist(), table["label_quality"].round(2).tolist()
+        ([3], [0.9, 0.8, 0.8, 0.1])
+    """
+    predicted, given = check_predictions(probabilities, labels)
+    estimate = estimate_noise(predicted, given)
+    judged_by = _margins_of(predicted, given) if margins is None else margins
+    is_unknown = np.isnan(predicted[:, 0])
+    best = np.where(is_unknown, IGNORE_INDEX, np.nan_to_num(predicted).argmax(axis=1))
+    at_given = predicted[np.arange(len(given)), np.maximum(given, 0)]
+    at_given[given == IGNORE_INDEX] = np.nan
+    if noise_rate is None:
+        allowed = np.nan_to_num(estimate.class_rates) * estimate.counts
+        return rank_by_margin(
+            judged_by, given, best, allowed=allowed, budget=budget, given_probability=at_given, **columns
+        )
+    return rank_by_margin(
+        judged_by, given, best, noise_rate=noise_rate, budget=budget, given_probability=at_given, **columns
+    )
+
+
+def rank_by_margin(
+    margins: Any,
+    labels: Any,
+    predicted_labels: Any,
+    *,
+    noise_rate: float | None = None,
+    allowed: Any = None,
+    budget: int | None = None,
+    **columns: Any,
+) -> pd.DataFrame:
+    """The table of `find_suspects` from margins alone, for row memories that keep no class probabilities.
+
+    Args:
+        margins: In [−1, 1], shape (N,); NaN where a row was never predicted.
+        labels: Given class numbers, shape (N,); −100 where a row has none.
+        predicted_labels: Class numbers, shape (N,); −100 where a row was never predicted.
+        noise_rate: At most this share of the judged rows is flagged. None: no such limit.
+        allowed: At most how many rows of each given class are flagged, shape (K,). None: no such limit.
+        budget: At most how many rows are flagged. None: no limit.
+        **columns: More columns, each (N,).
+
+    Returns:
+        The table, with `columns` before `rank`.
+
+    Raises:
+        DataError: Lengths that differ, or an option out of range.
+    """
+    values, given = to_numpy(margins).astype(np.float64), to_numpy(labels)
+    if values.shape != given.shape or values.ndim != 1:
+        raise DataError(f"`margins` must hold one number for each of {len(given)} labels, got shape {values.shape}.")
+    if (np.abs(values) > 1 + 1e-6).any():
+        raise DataError(f"`margins` must lie in [-1, 1], differences of probabilities, got {np.nanmin(values):.4g}.")
+    values = np.where(given == IGNORE_INDEX, np.nan, values).clip(-1, 1)
+    judged = int((~np.isnan(values)).sum())
+    is_issue = values < 0
+    if allowed is not None:
+        is_issue = _lowest_of_each_class(values, given, is_issue, to_numpy(allowed))
+    for limit in (_rows_allowed(noise_rate, judged), _check_budget(budget)):
+        is_issue = is_issue if limit is None else lowest(values, is_issue, limit)
+    table = {
+        "is_label_issue": is_issue,
+        "label_quality": (1 + values) / 2,
+        "given_label": given,
+        "predicted_label": to_numpy(predicted_labels),
+        "margin": values,
+        **{name: to_numpy(column) for name, column in columns.items() if column is not None},
+    }
+    _check_columns(table, columns)
+    frame = pd.DataFrame(table, index=pd.RangeIndex(len(values), name="row"))
+    frame["rank"] = frame["label_quality"].rank(method="first").astype("Int64")
+    return frame
+
+
+def lowest(values: NDArray[np.float64], among: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
+    """Which rows have the `limit` lowest values of those `among`; of equals the first. Shape (N,)."""
+    rows = np.flatnonzero(among)
+    rows = rows[np.argsort(values[rows], kind="stable")][:limit]
+    chosen = np.zeros(len(among), dtype=bool)
+    chosen[rows] = True
+    return chosen
+
+
+def _margins_of(predicted: NDArray[np.float64], given: NDArray[np.int64]) -> NDArray[np.float64]:
+    rows, labels = np.arange(len(given)), np.maximum(given, 0)
+    others = predicted.copy()
+    others[rows, labels] = -np.inf
+    return np.where(given == IGNORE_INDEX, np.nan, predicted[rows, labels] - others.max(axis=1))
+
+
+def _lowest_of_each_class(
+    values: NDArray[np.float64], given: NDArray[Any], among: NDArray[np.bool_], allowed: NDArray[Any]
+) -> NDArray[np.bool_]:
+    """Of each class at most `allowed`, rounded to whole rows."""
+    order = np.lexsort((values, given))
+    order = order[among[order]]
+    classes = given[order]
+    place = np.arange(len(order)) - np.searchsorted(classes, classes)  # within the class, lowest value first
+    chosen = np.zeros(len(values), dtype=bool)
+    chosen[order[place < np.rint(allowed)[classes]]] = True
+    return chosen
+
+
+def _rows_allowed(noise_rate: float | None, judged: int) -> int | None:
+    if noise_rate is None:
+        return None
+    if not 0 <= noise_rate <= 1:
+        raise DataError(f"`noise_rate` must be in [0, 1], the share of wrong labels, got {noise_rate}.")
+    return round(noise_rate * judged)
+
+
+def _check_budget(budget: int | None) -> int | None:
+    if budget is not None and (isinstance(budget, bool) or budget != int(budget) or budget < 0):
+        raise DataError(f"`budget` must be a number of rows to review, 0 or more, got {budget!r}.")
+    return budget
+
+
+def _check_columns(table: dict[str, NDArray[Any]], more: dict[str, Any]) -> None:
+    taken = sorted(
+        {"is_label_issue", "label_quality", "given_label", "predicted_label", "margin", "rank"} & more.keys()
+    )
+    if taken:
+        raise DataError(f"`{taken[0]}` is a column of the table already. Call yours by another name.")
+    num_rows = len(table["given_label"])
+    for name, column in table.items():
+        if column.shape != (num_rows,):
+            raise DataError(f"`{name}` must hold one value for each of {num_rows} rows, got shape {column.shape}.")
