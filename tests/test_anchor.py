@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Adafactor
 
-from hf_reset import AnchorStore
+from hf_reset import AnchorStore, select_parameters
 from hf_reset.anchor.shards import unwrapped_optimizer
 from hf_reset.errors import AnchorError, AnchorFileError, UnsupportedError
 
@@ -168,7 +168,7 @@ def test_any_optimizer_continues_exactly_from_the_anchor(make):
 @pytest.mark.parametrize("scope", ["all", "head"])
 def test_nbytes_is_the_scope_and_its_optimizer_state(trained, scope):
     model, optimizer = trained
-    size = sum(p.numel() * 4 for p in AnchorStore(model, scope=scope)._parameters.values())
+    size = sum(p.numel() * 4 for p in select_parameters(model, scope).values())
     count = len(AnchorStore(model, scope=scope).names)
     assert AnchorStore(model, scope=scope).nbytes == size
     for mode, expected in (("keep", size), ("zero", size), ("restore", 3 * size + 4 * count)):  # `step` is a float

@@ -21,7 +21,7 @@ def checkpoint(directory, *, trail=TRAIL, ranks=1, sharded=False):
         name = f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
         torch.save({"cpu": torch.random.get_rng_state()}, directory / name)
         if trail and (sharded or rank == 0):
-            place = anchor_file(directory, rank=rank, world_size=ranks, sharded=sharded)
+            place = anchor_file(directory, "flat" if sharded else "whole", rank=rank, world_size=ranks)
             anchor.save(place, {"world_size": ranks})
     return directory
 
@@ -43,8 +43,8 @@ def test_a_whole_checkpoint(tmp_path, ranks, sharded):
         lambda c: truncate(c / "trainer_state.json"),
         lambda c: (c / "rng_state_1.pth").unlink(),
         lambda c: truncate(c / "rng_state_1.pth"),
-        lambda c: anchor_file(c, rank=1, world_size=2, sharded=True).unlink(),
-        lambda c: truncate(anchor_file(c, rank=1, world_size=2, sharded=True)),
+        lambda c: anchor_file(c, "flat", rank=1, world_size=2).unlink(),
+        lambda c: truncate(anchor_file(c, "flat", rank=1, world_size=2)),
         lambda c: [f.unlink() for f in c.glob("reset_anchor*")],
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_reset.corpora import train_tokenizer
 from hf_reset.diagnostics import LabelMemoryCallback
+from hf_reset.diagnostics.modes import evaluation_mode
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.metrics import label_memory
 from hf_reset.noise import corrupt_labels
@@ -186,3 +188,19 @@ def test_rows_that_were_not_tokenized_are_refused_when_training_begins(tmp_path)
     data = NOISY.remove_columns(["input_ids", "attention_mask"])
     with pytest.raises(DataError, match=r"no column that the model takes: it has labels, .*the model takes input"):
         run(tmp_path, LabelMemoryCallback(data))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_frozen_part_in_evaluation_mode_stays_there_after_a_look(fails):
+    model = tiny.bert().train()
+    model.bert.embeddings.eval()
+    before = [module.training for module in model.modules()]
+    assert True in before
+    assert False in before
+    with contextlib.suppress(RuntimeError), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        if fails:
+            raise RuntimeError
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()

@@ -19,7 +19,6 @@ from hf_reset.report.results import (
     read_results,
     reset_peak_memory,
     series,
-    write_atomic,
 )
 from hf_reset.report.tables import Column, markdown_report, markdown_table, mean_and_sd, summary_table
 
@@ -56,14 +55,6 @@ def test_curves_take_one_line_and_read_back_unchanged(tmp_path):
     results.add(record("plain", 0, **hard))
     assert read_results(tmp_path)["records"][0] == plain(record("plain", 0, **hard))
     assert '"nested": [[1, 2], [3, 4]]' in (tmp_path / "results.json").read_text()
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write_atomic(tmp_path / "file", "old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -14,6 +14,7 @@ from torch import nn
 from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, UnsupportedError
+from hf_reset.files import move_flushed
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -115,7 +116,7 @@ def _adapter_of(model: nn.Module, adapter: str | None) -> tuple[Any, str]:
 
 
 def _refuse_sharded(store: AnchorStore) -> None:
-    if store.is_sharded:
+    if store.layout != "whole":
         raise UnsupportedError(
             "the weights are sharded, and an adapter directory needs them whole. Save the model with "
             "`Trainer.save_model` after training, or the anchor with `AnchorStore.save`."
@@ -128,9 +129,7 @@ def _move_in(source: Path, folder: Path) -> None:
     if old.is_file() and old.read_bytes() != (source / CONFIG).read_bytes():
         (folder / WEIGHTS).unlink(missing_ok=True)
     for name in (CONFIG, WEIGHTS):
-        with open(source / name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(source / name, folder / name)
+        move_flushed(source / name, folder / name)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

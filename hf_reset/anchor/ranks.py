@@ -45,7 +45,7 @@ def from_first(value: float | None, device: torch.device) -> float | None:
     return number if known else None
 
 
-def part() -> None:
+def end_process_group() -> None:
     """End the process group, when a command has done its work: without this, torch now and then aborts at exit.
 
     Only where all went well: after an error on one rank the others may be waiting for it.

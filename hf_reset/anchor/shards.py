@@ -7,7 +7,7 @@ copy of these views and a reset is one copy back; neither ever communicates.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from hf_reset.errors import UnsupportedError
+
+# What a rank holds of each parameter: all of it, rows in a DTensor, or a piece of a flat tensor.
+Layout: TypeAlias = Literal["whole", "rows", "flat"]
 
 
 class Shards:
@@ -34,9 +37,9 @@ class Shards:
         self._parameters = parameters
         self._optimizer = unwrapped_optimizer(optimizer)
         self._fsdp = _fsdp_units(model)
-        self.sharded = bool(self._fsdp)  # whether this rank holds only a share
-        # Whether the shares are DTensors, which know where they belong.
-        self.distributed = any(isinstance(unit, FSDPModule) for unit in self._fsdp)
+        self.layout: Layout = "whole"
+        if self._fsdp:
+            self.layout = "rows" if any(isinstance(unit, FSDPModule) for unit in self._fsdp) else "flat"
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors that together hold this rank's share of a parameter's value, by part."""
@@ -73,7 +76,7 @@ class Shards:
         spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
         return DTensor(share, spec, requires_grad=False)  # not `from_local`: it would move a CPU anchor to the device
 
-    def settle(self, kept: Collection[str] = ()) -> None:
+    def give_up_gathered(self, kept: Collection[str] = ()) -> None:
         """Before a write: give up gathered copies, which would otherwise hide it from the next forward.
 
         `kept` names parameters whose gathered copy will be written too. FSDP keeps the root's weights gathered
@@ -95,8 +98,7 @@ class Zero12Shards(Shards):
         self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None, *, full: bool = True
     ) -> None:
         super().__init__(model, parameters, optimizer)
-        self.sharded = True
-        self.distributed = False
+        self.layout = "flat"
         self._full = full
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -159,7 +161,7 @@ class Zero3Shards(Zero12Shards):
             parts["gathered"] = parameter.data
         return parts
 
-    def settle(self, kept: Collection[str] = ()) -> None:
+    def give_up_gathered(self, kept: Collection[str] = ()) -> None:
         """Give up gathered copies that will not be written: an evaluation may have left some."""
         for name, parameter in self._parameters.items():
             if _is_gathered(parameter) and name not in kept:
@@ -210,7 +212,7 @@ def shards_of(
     return Shards(model, parameters, optimizer)
 
 
-def settle(model: nn.Module) -> None:
+def give_up_gathered(model: nn.Module) -> None:
     """Reshard every FSDP unit, so that `named_parameters()` gives the sharded originals."""
     for unit in _fsdp_units(model):
         _reshard(unit)

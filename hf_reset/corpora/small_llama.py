@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_reset.corpora.tokenizers import train_tokenizer
+from hf_reset.files import written_whole
 
 BLOCK = 128  # tokens a row
 
@@ -107,9 +106,7 @@ def small_llama(
 
 
 def _save_whole(folder: Path, *saves: Callable[[Path], Any]) -> None:
-    """Each part into a folder beside it, then one rename."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for save in saves:
-        save(temporary)
-    os.replace(temporary, folder)
+    """All parts into one folder, which is there whole or not at all."""
+    with written_whole(folder) as temporary:
+        for save in saves:
+            save(temporary)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_reset.anchor.scopes import unwrapped
+from hf_reset.diagnostics.modes import evaluation_mode
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.metrics.functions import label_memory
 
@@ -101,7 +102,7 @@ class LabelMemoryCallback(TrainerCallback):
 
     def _predict(self, model: nn.Module, device: torch.device) -> list[int]:
         predictions: list[int] = []
-        with torch.no_grad(), _evaluation_mode(model), _generators_kept(device):
+        with evaluation_mode(model), _generators_kept(device):
             for batch in self._batches:
                 outputs = model(**{name: tensor.to(device) for name, tensor in batch.items()})
                 logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -147,18 +148,6 @@ def _accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
             f"{', '.join(named)}. Tokenize it as the training set is."
         )
     return accepted
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()``, and each module back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_reset.diagnostics.modes import evaluation_mode
 from hf_reset.losses.robust import label_log_probability
 from hf_reset.noise.instructions import final_answer
 from hf_reset.study.instructions import IGNORED, prompt_text
@@ -31,7 +31,7 @@ def response_scores(model: nn.Module, rows: Dataset, *, batch_size: int = 32) ->
     ids, labels = list(rows["input_ids"]), list(rows["labels"])
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     device = next(model.parameters()).device
-    with _evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs, mask = _padded([ids[row] for row in chosen], 0, device)
@@ -87,7 +87,7 @@ def generate_responses(
         texts = [prompt_text(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         inputs, mask = _padded(ids, 0, device, left=True)  # what stands under the mask is not looked at
-        with _evaluating(model):
+        with evaluation_mode(model):
             made = model.generate(
                 input_ids=inputs,
                 attention_mask=mask,
@@ -169,17 +169,6 @@ class ResponseCurvesCallback(TrainerCallback):
         if self.given is not None and self.clean is not None:
             entry["response_memory"] = response_memory(model, self.given, self.clean, batch_size=size)
         state.log_history.append({**entry, "step": state.global_step})
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _padded(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_reset.files import write_atomic
 from hf_reset.report.plots import Panel, plot_runs
-from hf_reset.report.results import Results, write_atomic
+from hf_reset.report.results import Results
 from hf_reset.report.tables import Column, markdown_report
 
 COLUMNS = (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_reset.errors import ConfigError, DataError
+from hf_reset.files import write_atomic
 
 RESULTS_NAME = "results.json"
 _PACKAGES = (
@@ -30,27 +31,6 @@ _PACKAGES = (
     "numpy",
     "hf-reset",
 )
-
-
-def write_atomic(path: str | Path, text: str) -> Path:
-    """Write ``text`` to ``path``, whole or not at all: a temporary name beside it, then ``os.replace``.
-
-    Args:
-        path: the file; its folder is made if need be.
-        text: what it shall hold, written as UTF-8.
-
-    Returns:
-        The path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
 
 
 def plain(value: Any) -> Any:

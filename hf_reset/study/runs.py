@@ -81,9 +81,9 @@ def run_command(
         run(argv)
     except ResetError as error:
         sys.exit(f"error: {error}")
-    from hf_reset.anchor.ranks import part
+    from hf_reset.anchor.ranks import end_process_group
 
-    part()
+    end_process_group()
 
 
 class _Parser(HfArgumentParser):

@@ -69,8 +69,8 @@ class BestWeightsCallback(TrainerCallback):
         )
         self.best = self.step = self._file = file = None
         if self.path is not None:
-            file = Path(f"{self.path}.rank{args.process_index}" if self.store.is_flat else self.path)
-            self._file = file if self.store.is_sharded or args.should_save else None
+            file = Path(f"{self.path}.rank{args.process_index}" if self.store.layout == "flat" else self.path)
+            self._file = file if self.store.layout != "whole" or args.should_save else None
         # A best from after the checkpoint is met again by the resumed run, at the same step with the same value.
         if state.global_step > 0 and file is not None and file.exists():
             kept = self.store.load(file)

@@ -15,9 +15,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_reset.anchor.file import read_metadata, write_copy
 from hf_reset.anchor.ranks import from_first, gathered, together, world_size
 from hf_reset.anchor.shards import refuse_lost_state
-from hf_reset.anchor.store import AnchorStore, read_metadata, write_anchor_file
+from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe
 from hf_reset.training.resume import anchor_file, refuse_other_world_size, reset_records
@@ -205,7 +206,7 @@ class StochasticResetCallback(TrainerCallback):
         self._saved_step = state.global_step
         if not self.events:
             return
-        if self.store is not None and self.store.is_distributed:  # a collective, whose errors are common already
+        if self.store is not None and self.store.layout == "rows":  # a collective, whose errors are common already
             self._write_anchor(directory, args)
             return
         with together():
@@ -216,7 +217,7 @@ class StochasticResetCallback(TrainerCallback):
 
     def _writes(self, args: TrainingArguments) -> bool:
         """Whether this rank writes an anchor file, or its part of one."""
-        return args.should_save or (self.store is not None and self.store.is_sharded)
+        return args.should_save or (self.store is not None and self.store.layout != "whole")
 
     def _write_anchor(self, directory: str | Path, args: TrainingArguments) -> None:
         metadata = {
@@ -230,7 +231,7 @@ class StochasticResetCallback(TrainerCallback):
         if self.store is not None:
             self.store.save(file, metadata)
         else:  # nothing is kept, but the audit trail goes on after a resume
-            write_anchor_file(file, {}, {"metadata": json.dumps(metadata)})
+            write_copy(file, {}, {"metadata": json.dumps(metadata)})
 
     def _agree_on_metric(self, args: TrainingArguments, metrics: dict[str, Any]) -> None:
         """Everyone decides by rank 0's value, and writes it where Trainer looks for its own best.
@@ -290,7 +291,7 @@ class StochasticResetCallback(TrainerCallback):
         with together():
             refuse_other_world_size(directory, args.world_size)
             self._refuse_no_file(file)
-        if self.store is not None and self.store.is_distributed:
+        if self.store is not None and self.store.layout == "rows":
             metadata = self.store.load(file)  # a collective, whose errors are common already
         else:
             with together():
@@ -335,10 +336,9 @@ class StochasticResetCallback(TrainerCallback):
     def _file_in(self, directory: str | Path, args: TrainingArguments) -> Path:
         return anchor_file(
             directory,
+            "whole" if self.store is None else self.store.layout,
             rank=args.process_index,
             world_size=args.world_size,
-            sharded=self.store is not None and self.store.is_sharded,
-            distributed=self.store is not None and self.store.is_distributed,
         )
 
     def _note_absence(self, metrics: dict[str, Any]) -> None:

@@ -10,27 +10,28 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from hf_reset.errors import AnchorFileError
+
+if TYPE_CHECKING:
+    from hf_reset.anchor.shards import Layout
 
 _DIRECTORY = re.compile(r"checkpoint-(\d+)")
 _DISTRIBUTED = "reset_anchor"
 _SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
 
 
-def anchor_file(
-    directory: str | Path, *, rank: int = 0, world_size: int = 1, sharded: bool = False, distributed: bool = False
-) -> Path:
-    """The anchor's place in a checkpoint: a file for all ranks, or one a rank where weights are sharded.
+def anchor_file(directory: str | Path, layout: Layout = "whole", *, rank: int = 0, world_size: int = 1) -> Path:
+    """The anchor's place in a checkpoint: a file for all ranks, or one a rank where shares are pieces of flat tensors.
 
-    Where they are DTensors, which know where they belong ("distributed"), one directory for all ranks.
+    Where they are rows of DTensors, which know where they belong, one directory for all ranks.
     """
-    if distributed:
+    if layout == "rows":
         return Path(directory) / _DISTRIBUTED
-    name = f"reset_anchor-rank{rank}-of-{world_size}" if sharded else "reset_anchor"
+    name = f"reset_anchor-rank{rank}-of-{world_size}" if layout == "flat" else "reset_anchor"
     return Path(directory) / f"{name}.safetensors"
 
 

@@ -108,7 +108,7 @@ class ResetTrainerMixin:
             and callback.config.optimizer_state != "keep"
             and accelerator.scaler is None
             and not self.is_deepspeed_enabled  # pyright: ignore[reportAttributeAccessIssue]
-            and not callback.store.is_flat  # FSDP1 wants its backward
+            and callback.store.layout != "flat"  # FSDP1 wants its backward
         )
 
     def _running_loss(self) -> Tensor:

@@ -50,7 +50,8 @@ def main() -> int:
     options = parser.parse_args()
 
     _import_once()
-    from hf_reset.report.results import environment_record, write_atomic
+    from hf_reset.files import write_atomic
+    from hf_reset.report.results import environment_record
 
     chance, kills, lives = random.Random(options.seed), [], []
     count = max(1, round(options.kills / KILLS_A_LIFE))

@@ -482,8 +482,8 @@ def write_report(options: InstructionTuningArguments, results: Results) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from hf_reset.files import write_atomic
     from hf_reset.report.plots import Panel, plot_runs
-    from hf_reset.report.results import write_atomic
     from hf_reset.report.tables import COST_COLUMNS, Column, markdown_report, summary_table
 
     columns = [

@@ -151,7 +151,7 @@ def collectives(mode, folder: Path):
 def anchored(trainer):
     """The whole of what the anchor holds, weights and moments."""
     store = trainer.reset_callback.store
-    held = {key: store._whole(key, value) for key, value in store._held.items()}
+    held = {str(key): store._views.whole(key, value) for key, value in store._copy.held.items()}
     return {key: value.full_tensor() if isinstance(value, DTensor) else value.clone() for key, value in held.items()}
 
 

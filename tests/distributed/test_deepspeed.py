@@ -39,7 +39,7 @@ def difference(one, other, names):
 @pytest.mark.parametrize("config", EXACT + OFFLOADED)
 def test_a_full_reset_restores_weights_masters_and_moments(ranks, config):
     for run in found(ranks, f"exact-{config}-all"):
-        assert run["sharded"]
+        assert run["layout"] == "flat"
         assert difference(run["away"], run["at_anchor"], run["names"]) > 1e-3
         assert difference(run["back"], run["at_anchor"], run["names"]) == 0
         assert run["counts"][0] == run["counts"][1]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_reset.anchor.ranks import part
+from hf_reset.anchor.ranks import end_process_group
 from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.errors import ResetError
 
@@ -176,4 +176,4 @@ def run_checks(checks: dict[str, Callable[[Path], Any]]) -> None:
             found[name] = {"error": traceback.format_exc()}
             print(f"rank {RANK}, check {name}:\n{found[name]['error']}", file=sys.stderr, flush=True)
     torch.save(found, folder / f"rank{RANK}.pt")
-    part()
+    end_process_group()

@@ -102,7 +102,7 @@ def exact(name: str, scope: str, folder: Path):
     away, distance = loop.state(), anchor.squared_distance()
     anchor.restore()
     back, back_counts = loop.state(), loop.counts()
-    found = {"names": anchor.names, "nbytes": anchor.nbytes, "sharded": anchor.is_sharded}
+    found = {"names": anchor.names, "nbytes": anchor.nbytes, "layout": anchor.layout}
     found |= {"at_anchor": at_anchor, "away": away, "back": back, "counts": (counts, back_counts)}
     found |= {"losses": (evaluated, loop.evaluate()), "squared_distance": distance, "distance": anchor.distance()}
     with anchor.swapped():
