@@ -1,5 +1,6 @@
 """Rows: what a run knows of each training example, and what it does with it. In reading order:
 
+* `identity`: which row each example of a batch is, through data set, loader and collator;
 * `confident`: noise rates and the confusion of labels, estimated from predicted probabilities;
 * `suspects`: the rows whose label looks wrong, ranked, as a table.
 """

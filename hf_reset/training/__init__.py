@@ -2,5 +2,6 @@
 
 * `callback`: the method, in any Trainer; `resume`: its anchor in a checkpoint, and which checkpoints are whole;
 * `arguments` and `trainer`: the same from the command line, with exact resume from anywhere; `sft`: for TRL;
+* `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model;
 * `best_weights`: the best evaluated weights of any run, kept in memory.
 """
