@@ -15,16 +15,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from hf_reset.errors import ConfigError
+from hf_reset.planner import Plan, luby, plan_after_evaluation, plan_after_reset
 
 Scope: TypeAlias = str | Sequence[str]
 
 _CHOICES = {
-    "policy": ("bernoulli", "periodic"),
+    "policy": ("bernoulli", "periodic", "luby"),
     "anchor": ("best", "fixed"),
     "optimizer_state": ("restore", "zero", "keep"),
     "storage": ("device", "cpu"),
@@ -39,12 +40,15 @@ class ResetConfig:
     Args:
         probability: r of the paper, the chance that an optimizer step ends in a reset, in [0, 1]. The mean
             excursion is 1/r steps, and a run of S steps after resets have begun expects r·S resets. The
-            paper's r is per mini-batch iteration, which is an optimizer step here.
+            paper's r is per mini-batch iteration, which is an optimizer step here. "auto" chooses it anew at
+            each evaluation, from how long this run's excursions take to a new best: between 1/32 and 1 resets an
+            evaluation interval, 1/2 until that is known. See `hf_reset.planner`.
         scope: which trainable parameters go back: "all", "head", "adapters", "last:K" (the last K
             transformer blocks and the head), a regular expression (`re.search` on parameter names), or a
             list of names and suffixes. See `hf_reset.select_parameters`.
         policy: "bernoulli" draws at each step with `probability`; "periodic" resets every round(1/r) steps,
-            the sharp restart of first-passage theory.
+            the sharp restart of first-passage theory; "luby" makes excursions of 1, 1, 2, 1, 1, 2, 4, … times
+            round(1/r) steps, for when nothing is known about the best.
         patience: evaluations without a new best before resets begin; they then stay on. 0: from the first
             anchor on.
         metric: the evaluation result that chooses anchors, with or without its "eval_" prefix. None:
@@ -70,9 +74,9 @@ class ResetConfig:
         ConfigError: a field has a value it cannot have; the message names it, the value, and the remedy.
     """
 
-    probability: float = 0.01
+    probability: float | Literal["auto"] = 0.01
     scope: Scope = "all"
-    policy: Literal["bernoulli", "periodic"] = "bernoulli"
+    policy: Literal["bernoulli", "periodic", "luby"] = "bernoulli"
     patience: int = 2
     metric: str | None = None
     greater_is_better: bool | None = None
@@ -85,15 +89,20 @@ class ResetConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_real(self.probability) or not 0 <= self.probability <= 1:
+        if self.probability != "auto" and not (_is_real(self.probability) and 0 <= self.probability <= 1):
             raise ConfigError(
                 f"`probability` must be in [0, 1], got {self.probability!r}. It is per optimizer step: "
-                "0.01 resets every 100 steps on average."
+                '0.01 resets every 100 steps on average. "auto" chooses it during the run.'
             )
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        if self.policy == "luby" and self.probability == "auto":
+            raise ConfigError(
+                '`policy` "luby" needs no estimate, so `probability` "auto" would have no effect. Give a probability '
+                "p: round(1/p) steps are the shortest excursion."
+            )
         for name in ("patience", "max_resets", "seed"):
             value = getattr(self, name)
             if value is None and name != "patience":
@@ -115,7 +124,7 @@ class ResetConfig:
     @property
     def can_reset(self) -> bool:
         """Whether any step can end in a reset."""
-        return self.probability > 0 and self.max_resets != 0
+        return (self.probability == "auto" or self.probability > 0) and self.max_resets != 0
 
     @property
     def needs_anchor(self) -> bool:
@@ -124,8 +133,10 @@ class ResetConfig:
 
     @property
     def period(self) -> int:
-        """Steps between two resets of the periodic policy, round(1/r)."""
-        return max(1, round(1 / self.probability))
+        """Steps between two resets of the periodic policy, and the unit of the Luby one: round(1/r)."""
+        if self.probability == "auto":
+            raise ConfigError('`period` is not known for `probability` "auto": it is chosen during the run.')
+        return period_of(self.probability)
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,7 @@ class ResetState:
         armed_step: optimizer steps done when resets began; None: they have not. They never end again.
         resets: how many resets there have been.
         last_reset_step: index of the last step that ended in a reset.
+        plan: what `probability="auto"` knows and has chosen; None with a probability of the user's.
     """
 
     best: float | None = None
@@ -149,6 +161,13 @@ class ResetState:
     armed_step: int | None = None
     resets: int = 0
     last_reset_step: int | None = None
+    plan: Plan | None = None
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> ResetState:
+        """A state from what `asdict` and JSON made of it."""
+        plan = values.get("plan")
+        return cls(**{**values, "plan": None if plan is None else Plan.from_plain(plan)})
 
     @property
     def armed(self) -> bool:
@@ -157,7 +176,8 @@ class ResetState:
 
     def after_reset(self, step: int) -> ResetState:
         """The state once step `step` has ended in a reset."""
-        return replace(self, resets=self.resets + 1, last_reset_step=step)
+        plan = None if self.plan is None else plan_after_reset(self.plan, step + 1)
+        return replace(self, resets=self.resets + 1, last_reset_step=step, plan=plan)
 
 
 def observe(
@@ -166,7 +186,7 @@ def observe(
     """Take in one evaluation.
 
     Args:
-        config: the configuration; `patience`, `min_delta` and `anchor` are read.
+        config: the configuration; `patience`, `min_delta`, `anchor`, and for "auto" `probability` and `policy`.
         state: what has happened so far.
         metric: the value of the metric; one that is not finite is never a best.
         step: optimizer steps done.
@@ -175,7 +195,10 @@ def observe(
     Returns:
         The new state, and whether the anchor moves to the weights just evaluated.
     """
-    if is_better(metric, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta):
+    improved = is_better(metric, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
+    if config.probability == "auto":
+        state = replace(state, plan=_planned(config, state, step, improved))
+    if improved:
         moved = config.anchor == "best" or not state.armed
         state = replace(state, best=metric, evaluations_since_best=0)
         if moved:
@@ -186,6 +209,11 @@ def observe(
     if not state.armed and state.anchor_step is not None and state.evaluations_since_best >= config.patience:
         state = replace(state, armed_step=step)
     return state, moved
+
+
+def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool) -> Plan:
+    plan, first = state.plan or Plan(), improved and state.best is None
+    return plan_after_evaluation(plan, step, improved=improved, first=first, periodic=config.policy == "periodic")
 
 
 def is_better(metric: float, best: float | None, *, greater_is_better: bool, min_delta: float = 0.0) -> bool:
@@ -200,17 +228,31 @@ def is_better(metric: float, best: float | None, *, greater_is_better: bool, min
 def decide(config: ResetConfig, state: ResetState, step: int, *, seed: int) -> bool:
     """Whether optimizer step `step` (its index, `state.global_step` before it is counted) ends in a reset.
 
-    Bernoulli: `uniform(seed, step) < probability`. Periodic: `period` steps after the last reset, or after
-    resets began.
+    Bernoulli: `uniform(seed, step) < probability`. Periodic: `round(1/probability)` steps after the last reset, or
+    after resets began; Luby: that many times the next term of its sequence.
     """
     if not config.can_reset or state.armed_step is None:
         return False
     if config.max_resets is not None and state.resets >= config.max_resets:
         return False
-    if config.policy == "periodic":
-        last = state.armed_step - 1 if state.last_reset_step is None else state.last_reset_step
-        return step - last >= config.period
-    return uniform(seed, step) < config.probability
+    probability = probability_now(config, state)
+    if config.policy == "bernoulli":
+        return uniform(seed, step) < probability
+    last = state.armed_step - 1 if state.last_reset_step is None else state.last_reset_step
+    units = luby(state.resets + 1) if config.policy == "luby" else 1
+    return probability > 0 and step - last >= units * period_of(probability)
+
+
+def probability_now(config: ResetConfig, state: ResetState) -> float:
+    """r of the next step: the user's, or the plan's ("auto"; 0 until an evaluation has told its interval)."""
+    if config.probability == "auto":
+        return (state.plan.probability if state.plan else None) or 0.0
+    return config.probability
+
+
+def period_of(probability: float) -> int:
+    """Whole steps nearest to the mean excursion 1/r, at least 1; r > 0."""
+    return max(1, round(1 / probability))
 
 
 def uniform(seed: int, step: int) -> float:

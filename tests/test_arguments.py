@@ -49,6 +49,18 @@ def test_the_command_line(tmp_path):
     )
 
 
+def test_auto_and_numbers_on_the_command_line(tmp_path):
+    def probability(text):
+        line = f"--output_dir {tmp_path} --use_cpu --reset_probability {text}"
+        (args,) = HfArgumentParser(ResetTrainingArguments).parse_args_into_dataclasses(line.split())
+        return args.reset_config().probability
+
+    assert probability("auto") == "auto"
+    assert probability("1e-3") == 0.001
+    with pytest.raises(ConfigError, match=r"`probability` must be in \[0, 1\], got 'often'"):
+        probability("often")
+
+
 def test_a_list_as_scope_is_json(tmp_path):
     def scope(text):
         return ResetTrainingArguments(output_dir=str(tmp_path), use_cpu=True, reset_scope=text).reset_config().scope

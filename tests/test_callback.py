@@ -1,5 +1,8 @@
 """The callback in every set-up of the Trainer that it must be right in, and what it refuses."""
 
+import itertools
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -341,3 +344,43 @@ def test_a_scope_is_checked_when_training_begins(tmp_path):
 def test_the_constructor_names_what_is_wrong(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_every_choice_of_auto_is_in_the_audit_trail(tmp_path):
+    class Chosen(TrainerCallback):
+        """What is in force after each evaluation."""
+
+        seen: ClassVar[dict[int, float]] = {}
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.seen[state.global_step] = reset.reset_state.plan.probability
+
+    reset = callback(probability="auto", patience=1)
+    # A small rate: nearly every evaluation is a new best, and resets would do harm.
+    trainer, _ = plain_run(
+        tmp_path,
+        callback=reset,
+        more_callbacks=[Chosen()],
+        eval_steps=1,
+        max_steps=30,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+    )
+    plans = [event for event in reset.events if event["kind"] == "plan"]
+    assert plans[0]["probability"] == 0.5  # of one step between two evaluations
+    assert len({event["probability"] for event in plans}) > 1
+    said = {event["step"]: event["probability"] for event in plans}
+    in_force = 0.0
+    for step, probability in Chosen.seen.items():
+        in_force = said.get(step, in_force)
+        assert probability == in_force
+    assert [record for record in trainer.state.log_history if record.get("kind") == "plan"] == plans
+    assert plans[-1]["improvements"] > 3
+
+
+def test_luby_lands_on_anchors(tmp_path):
+    reset = callback(probability=0.6, policy="luby")
+    _, recorder = plain_run(tmp_path, callback=reset)
+    assert lands_on_anchors(reset, recorder)
+    steps = steps_of(reset.events, "reset")
+    assert [b - a for a, b in itertools.pairwise(steps)][:2] == [2, 4]

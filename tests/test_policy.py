@@ -44,7 +44,8 @@ def test_config_is_frozen_and_json_plain():
         ("probability", -0.1, r"`probability` must be in \[0, 1\], got -0.1"),
         ("probability", math.nan, r"`probability` must be in \[0, 1\], got nan"),
         ("probability", "often", r"`probability` must be in \[0, 1\], got 'often'"),
-        ("policy", "sometimes", "`policy` must be one of 'bernoulli', 'periodic', got 'sometimes'"),
+        ("probability", "Auto", r"`probability` must be in \[0, 1\], got 'Auto'.*\"auto\" chooses it during the run"),
+        ("policy", "sometimes", "`policy` must be one of 'bernoulli', 'periodic', 'luby', got 'sometimes'"),
         ("anchor", "worst", "`anchor` must be one of 'best', 'fixed'"),
         ("optimizer_state", "drop", "`optimizer_state` must be one of 'restore', 'zero', 'keep'"),
         ("storage", "disk", "`storage` must be one of 'device', 'cpu'"),
@@ -105,6 +106,60 @@ def test_periodic_gaps(probability, gap):
     assert resets[0] == 3 + gap - 1  # the first excursion is as long as the others
     assert {b - a for a, b in itertools.pairwise(resets)} <= {gap}
     assert len(resets) > 5
+
+
+def test_luby_excursions():
+    config = ResetConfig(probability=0.3, policy="luby", patience=0)
+    _, resets, _ = run(config, [1.0], steps=48)
+    assert resets[0] == 3 + 3 - 1  # evaluated after 3 steps; one unit of round(1/0.3) steps
+    assert [b - a for a, b in itertools.pairwise(resets)] == [3 * n for n in (1, 2, 1, 1, 2, 4, 1, 1)]
+    with pytest.raises(ConfigError, match=r'"luby" needs no estimate, so `probability` "auto" would have no effect'):
+        ResetConfig(probability="auto", policy="luby")
+    assert run(ResetConfig(probability=0, policy="luby", patience=0), [1.0])[1] == []
+
+
+def auto_run(metrics, seed=0, every=10, config=None):
+    """The probabilities in force after each evaluation, the resets, and the last state."""
+    config, state, chosen, resets = config or ResetConfig(probability="auto", patience=0), ResetState(), [], []
+    for step in range(every * len(metrics)):
+        if decide(config, state, step, seed=seed):
+            state = state.after_reset(step)
+            resets.append(step)
+        if (step + 1) % every == 0:
+            metric = metrics[(step + 1) // every - 1]
+            state, _ = observe(config, state, metric, step + 1, greater_is_better=False)
+            chosen.append(policy.probability_now(config, state))
+    return chosen, resets, state
+
+
+def test_auto_keeps_the_prior_until_it_knows_better():
+    chosen, resets, state = auto_run([1.0] * 200)
+    assert set(chosen) == {0.05}  # half a reset in the ten steps between two evaluations
+    assert resets == [step for step in range(10, 2000) if policy.uniform(0, step) < 0.05]
+    assert state.plan.counts.excursions > 8
+
+
+def test_auto_goes_down_while_every_evaluation_is_a_new_best():
+    chosen, _, _ = auto_run([1.0 - 0.001 * k for k in range(200)])
+    assert chosen[0] == 0.05
+    assert chosen[-1] == pytest.approx(0.1 / 32)
+    assert chosen == sorted(chosen, reverse=True)
+
+
+def test_auto_is_a_pure_function_and_its_state_is_plain():
+    metrics = [2 - math.sqrt(k) * 0.1 + 0.3 * policy.uniform(1, k) for k in range(120)]
+    assert auto_run(metrics) == auto_run(metrics)
+    state = auto_run(metrics)[2]
+    assert ResetState.from_plain(json.loads(json.dumps(dataclasses.asdict(state)))) == state
+    assert ResetState.from_plain(dataclasses.asdict(ResetState(resets=3))) == ResetState(resets=3)
+
+
+def test_auto_with_a_period():
+    config = ResetConfig(probability="auto", policy="periodic", patience=0)
+    _, resets, _ = auto_run([1.0] * 20, config=config)
+    assert {b - a for a, b in itertools.pairwise(resets)} == {20}  # two evaluations: the prior's
+    with pytest.raises(ConfigError, match='`period` is not known for `probability` "auto"'):
+        _ = config.period
 
 
 def test_patience_counts_evaluations_without_a_new_best_and_resets_stay_on():

@@ -95,6 +95,8 @@ def test_a_negative_control_without_the_anchor_it_differs(whole, tmp_path):
         {"save_steps": 2},  # checkpoints between evaluations
         {"reset_anchor": "fixed"},
         {"reset_policy": "periodic", "reset_probability": 0.3},
+        {"reset_policy": "luby", "reset_probability": 0.7},
+        {"reset_probability": "auto", "eval_steps": 1},
         {"reset_scope": "head"},
         {"reset_optimizer_state": "zero"},
         {"reset_optimizer_state": "keep"},

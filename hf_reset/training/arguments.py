@@ -26,8 +26,10 @@ class ResetArguments:
     `ResetTrainingArguments` is the same with `TrainingArguments`. What each means stands at `ResetConfig`.
     """
 
-    reset_probability: float = field(
-        default=0.01, metadata={"help": "r, the chance that an optimizer step ends in a reset, in [0, 1]."}
+    # With None among the types, HfArgumentParser hands on a string, which may be a number; None itself is refused.
+    reset_probability: float | str | None = field(
+        default=0.01,
+        metadata={"help": "r, the chance that an optimizer step ends in a reset, in [0, 1]; auto: chosen in the run."},
     )
     reset_scope: str = field(
         default="all",
@@ -35,8 +37,9 @@ class ResetArguments:
             "help": "What goes back: all, head, adapters, last:K, a regular expression, or a JSON list of names."
         },
     )
-    reset_policy: Literal["bernoulli", "periodic"] = field(
-        default="bernoulli", metadata={"help": "Draw at each step, or reset every round(1/r) steps."}
+    reset_policy: Literal["bernoulli", "periodic", "luby"] = field(
+        default="bernoulli",
+        metadata={"help": "Draw at each step, or reset every round(1/r) steps, or 1, 1, 2, 1, 1, 2, 4, … times that."},
     )
     reset_patience: int = field(
         default=2, metadata={"help": "Evaluations without a new best before resets begin; 0: from the first anchor on."}
@@ -82,6 +85,9 @@ class ResetArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+        if isinstance(self.reset_probability, str):
+            with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
+                self.reset_probability = float(self.reset_probability)
         self.reset_config()
         self._loss_options()
         if self.reset_loss is not None and self.reset_loss not in LOSSES:

@@ -9,7 +9,7 @@ import logging
 import math
 import numbers
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hf_reset.anchor.ranks import from_first, gathered, together, world_size
 from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
-from hf_reset.policy import ResetConfig, ResetState, decide, observe
+from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
 from hf_reset.training.resume import anchor_file, refuse_other_world_size, reset_records
 
 logger = logging.getLogger(__name__)
@@ -33,15 +33,18 @@ class StochasticResetCallback(TrainerCallback):
     with probability r, they are put back in place of the update. Everything that is decided is a function of
     the seed, the step and the evaluations, so that ranks agree without talking and a resumed run repeats it.
 
-    The audit trail is in `events`, and in the Trainer's log history: one record a reset or an anchor move, with
+    The audit trail is in `events`, and in the Trainer's log history: one record a reset, an anchor move, or a choice
+    of `probability="auto"`, with
 
-        kind: "reset" or "anchor".
+        kind: "reset", "anchor" or "plan".
         step: `state.global_step` as the hook saw it: the index of the step for a reset, the number of steps
             done for an anchor.
         metric: the metric of the anchor gone back to, or moved to.
         distance: Euclidean distance that the live weights (a reset) or the anchor (a move) went; None for
             the first anchor. Where weights are sharded, over this rank's share.
         anchor_step: optimizer steps done when that anchor was taken.
+        probability: in a plan, r from here on; with the `excursions` and `improvements` behind it, older ones
+            counting less.
 
     A run resumed from a checkpoint in `output_dir` goes on exactly. With `ResetTrainer`, from anywhere.
 
@@ -128,6 +131,7 @@ class StochasticResetCallback(TrainerCallback):
         )
         if moved:
             self._move_anchor(state)
+        self._record_plan(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -193,6 +197,8 @@ class StochasticResetCallback(TrainerCallback):
         """What to log after `step` steps: how many resets, and where the anchor is."""
         resets = [event for event in self.events if event["kind"] == "reset"]
         report: dict[str, float] = {"reset/count": self.reset_state.resets}
+        if self.reset_state.plan is not None:
+            report["reset/probability"] = probability_now(self.config, self.reset_state)
         if self.reset_state.anchor_step is not None and self.reset_state.anchor_metric is not None:
             report["reset/anchor_step"] = self.reset_state.anchor_step
             report["reset/anchor_metric"] = self.reset_state.anchor_metric
@@ -268,6 +274,17 @@ class StochasticResetCallback(TrainerCallback):
             self.store.snapshot()
         self._record(state, "anchor", distance)
 
+    def _record_plan(self, state: TrainerState) -> None:
+        """A choice of `probability="auto"`, where it is another than the last."""
+        plan, probability = self.reset_state.plan, probability_now(self.config, self.reset_state)
+        known = next((event["probability"] for event in reversed(self.events) if event["kind"] == "plan"), 0.0)
+        if plan is None or probability == known or self.reset_state.anchor_step is None:
+            return
+        excursions, improvements = plan.counts.excursions, sum(plan.counts.hits)
+        self._record(state, "plan", None)
+        for record in (self.events[-1], state.log_history[-1]):
+            record.update(probability=probability, excursions=excursions, improvements=improvements)
+
     def _record(self, state: TrainerState, kind: str, distance: float | None) -> None:
         record = {
             "kind": kind,
@@ -331,7 +348,7 @@ class StochasticResetCallback(TrainerCallback):
                 before,
                 self._metric_key,
             )
-        self.reset_state = replace(ResetState(), **metadata["state"])
+        self.reset_state = ResetState.from_plain(metadata["state"])
 
     def _file_in(self, directory: str | Path, args: TrainingArguments) -> Path:
         return anchor_file(

@@ -52,8 +52,8 @@ def refuse_other_world_size(directory: str | Path, world_size: int) -> None:
 
 
 def reset_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The audit trail inside a Trainer's log history: one record a reset or an anchor move."""
-    return [record for record in log_history if record.get("kind") in ("reset", "anchor")]
+    """The audit trail inside a Trainer's log history: one record a reset, an anchor move, or a choice of "auto"."""
+    return [record for record in log_history if record.get("kind") in ("reset", "anchor", "plan")]
 
 
 def last_whole_checkpoint(output_dir: str | Path, *, world_size: int = 1) -> str | None:

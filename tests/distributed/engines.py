@@ -90,6 +90,16 @@ def resume(mode, scope, at, folder: Path):
     }
 
 
+def auto(folder: Path):
+    """A run that chooses its probability, and the same taken up at a checkpoint."""
+    settings = {"reset_probability": "auto", "eval_steps": 1, "save_strategy": "steps", "save_steps": 5}
+    trainer = trainer_for(folder, "ddp", **settings)
+    trainer.train()
+    again = trainer_for(folder, "ddp", **settings | {"save_strategy": "no"})
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+    return {"runs": [(t.reset_callback.events, t.reset_callback.reset_state.plan) for t in (trainer, again)]}
+
+
 def held(mode, folder: Path, **more):
     """Reset at every step, evaluated after each: what the forward reads is the anchor, always."""
     weights = Weights()
@@ -217,7 +227,7 @@ def other_world(folder: Path):
 
 
 def checks():
-    each = {"fsdp1-flat": flat, "fsdp1-lost-state": lost_state, "fsdp1-other-world": other_world}
+    each = {"ddp-auto": auto, "fsdp1-flat": flat, "fsdp1-lost-state": lost_state, "fsdp1-other-world": other_world}
     for mode in MODES:
         each[f"{mode}-trajectory"] = partial(trajectory, mode)
         each[f"{mode}-resume-all"] = partial(resume, mode, "all", (3, 6, 9, 12))

@@ -24,7 +24,7 @@ def of_two(tmp_path_factory, of_four):
     folder = tmp_path_factory.mktemp("two")
     names = [f"{mode}-{check}" for mode in MODES for check in OF_TWO]
     names += [f"{mode}-taken-up" for mode in RESHARDED]
-    names += ["fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
+    names += ["ddp-auto", "fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
     return results(launch(HERE / "engines.py", folder, *names, OF_FOUR=str(of_four[0])), folder)
 
 
@@ -148,6 +148,14 @@ def test_resume_is_exact_at_each_checkpoint(of_two, mode, scope):
             assert resumed == trail, step
             assert same(weights, end), step
         assert not same(run["other"], end)  # another seed of resets: were the resets not resumed, it would show
+
+
+def test_ranks_choose_the_same_probability_and_a_resumed_run_repeats_it(of_two):
+    (whole_events, whole_plan), (resumed_events, resumed_plan) = found(of_two, "ddp-auto")["runs"]
+    assert [event["kind"] for event in whole_events].count("plan") >= 1
+    assert whole_plan.counts.excursions >= 3
+    assert (resumed_events, resumed_plan) == (whole_events, whole_plan)
+    assert of_two[1]["ddp-auto"]["runs"] == of_two[0]["ddp-auto"]["runs"]
 
 
 @pytest.mark.parametrize("mode", MODES)
