@@ -1,6 +1,8 @@
 """Rows: what a run knows of each training example, and what it does with it. In reading order:
 
 * `identity`: which row each example of a batch is, through data set, loader and collator;
+* `visits`: what each step saw of its rows, shared among processes and replayed in order;
+* `memory` and `responses`: what is kept of each row, for classes and for responses to prompts;
 * `confident`: noise rates and the confusion of labels, estimated from predicted probabilities;
 * `suspects`: the rows whose label looks wrong, ranked, as a table.
 """
@@ -12,16 +14,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_reset.rows.confident import NoiseEstimate, estimate_noise
-    from hf_reset.rows.suspects import find_suspects, rank_by_margin
+    from hf_reset.rows.memory import RowMemory
+    from hf_reset.rows.responses import ResponseMemory
+    from hf_reset.rows.suspects import find_suspects, rank_by_margin, suspects_of
 
 _HOME = {
     "NoiseEstimate": "hf_reset.rows.confident",
+    "ResponseMemory": "hf_reset.rows.responses",
+    "RowMemory": "hf_reset.rows.memory",
     "estimate_noise": "hf_reset.rows.confident",
     "find_suspects": "hf_reset.rows.suspects",
     "rank_by_margin": "hf_reset.rows.suspects",
+    "suspects_of": "hf_reset.rows.suspects",
 }
 
-__all__ = ["NoiseEstimate", "estimate_noise", "find_suspects", "rank_by_margin"]
+__all__ = [
+    "NoiseEstimate",
+    "ResponseMemory",
+    "RowMemory",
+    "estimate_noise",
+    "find_suspects",
+    "rank_by_margin",
+    "suspects_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from hf_reset.arrays import IGNORE_INDEX, to_numpy
 from hf_reset.errors import DataError
 from hf_reset.rows.confident import check_predictions, estimate_noise
+
+if TYPE_CHECKING:
+    from hf_reset.rows.memory import RowMemory
 
 
 def find_suspects(
@@ -128,6 +131,44 @@ def rank_by_margin(
     frame = pd.DataFrame(table, index=pd.RangeIndex(len(values), name="row"))
     frame["rank"] = frame["label_quality"].rank(method="first").astype("Int64")
     return frame
+
+
+def suspects_of(
+    memory: RowMemory,
+    *,
+    labels: Any = None,
+    noise_rate: float | None = None,
+    budget: int | None = None,
+    in_training: Any = None,
+) -> pd.DataFrame:
+    """The table of `find_suspects` from what a run keeps of its rows.
+
+    Args:
+        memory: After `share`.
+        labels: Given class numbers of all rows, shape (N,); None: those seen, −100 in rows not visited.
+        noise_rate: As in `find_suspects`. A memory that keeps no class probabilities estimates none: there
+            None flags every margin below 0.
+        budget: As in `find_suspects`.
+        in_training: Which rows were in the training set, shape (N,), for a column of that name.
+
+    Returns:
+        The table, with the columns `visits`, `wrong_events`, `mean_loss` and `in_training` too.
+
+    Raises:
+        DataError: As `find_suspects`; nothing has been visited, too.
+    """
+    given = memory.labels.long() if labels is None else labels
+    options: dict[str, Any] = {
+        "noise_rate": noise_rate,
+        "budget": budget,
+        "visits": memory.visits,
+        "wrong_events": memory.wrong_events,
+        "mean_loss": memory.total.mean("loss"),
+        "in_training": in_training,
+    }
+    if memory.keeps_probabilities:
+        return find_suspects(memory.probabilities, given, margins=memory.margins, **options)
+    return rank_by_margin(memory.margins, given, memory.last_predicted.long(), **options)
 
 
 def lowest(values: NDArray[np.float64], among: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
