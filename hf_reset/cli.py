@@ -1,4 +1,7 @@
-"""The command line: `hf-reset scopes MODEL_DIR` shows what each scope would reset on a model."""
+"""The command line: what each scope would reset on a model, and how to reset next time after a run.
+
+`hf-reset scopes MODEL_DIR`, `hf-reset plan OUTPUT_DIR`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_reset.errors import ResetError, ScopeError
+from hf_reset.errors import ConfigError, ResetError, ScopeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,13 +29,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     scopes.add_argument("model_dir", metavar="MODEL_DIR", help="a transformers or PEFT adapter directory")
     scopes.add_argument("--scope", action="append", help="a scope to add to the table; may be given again")
     scopes.add_argument("--names", action="store_true", help="list the parameters of each scope")
+    plan = commands.add_parser(
+        "plan",
+        help="recommend probability, patience and evaluation interval from a finished run",
+        description="Recommend how to reset next time, from the evaluations of any finished Trainer run.",
+    )
+    plan.add_argument("output_dir", metavar="OUTPUT_DIR", help="a run's output_dir, or one of its checkpoints")
+    plan.add_argument("--metric", help="evaluation result to go by. Default: the run's own for anchors, or eval_loss")
+    plan.add_argument(
+        "--greater_is_better", action="store_true", default=None, help="its direction, if not by its name"
+    )
+    plan.add_argument("--min_delta", type=float, default=0.0, help="how much better a new best must be")
+    plan.add_argument("--seed", type=int, default=0, help="of the bootstrap behind the ranges")
+    plan.add_argument("--picture", metavar="FILE", help="where the picture goes. Default: OUTPUT_DIR/reset_plan.png")
     options = parser.parse_args(argv)
     try:
-        print(scope_table(options.model_dir, options.scope or [], names=options.names))
+        if options.command == "plan":
+            print(plan_report(**{name: value for name, value in vars(options).items() if name != "command"}))
+        else:
+            print(scope_table(options.model_dir, options.scope or [], names=options.names))
     except ResetError as error:
         print(f"hf-reset: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def plan_report(
+    output_dir: str,
+    metric: str | None = None,
+    *,
+    greater_is_better: bool | None = None,
+    min_delta: float = 0.0,
+    seed: int = 0,
+    picture: str | None = None,
+) -> str:
+    """A recommendation from a finished run, in words, and a picture of what it rests on.
+
+    Args:
+        output_dir: of a run that saved a `trainer_state.json`, itself or in a checkpoint.
+        metric: evaluation result to go by; None: the one that chose the run's anchors, else "eval_loss".
+        greater_is_better: its direction; None: by its name.
+        min_delta: how much better a new best must be, in its units.
+        seed: of the bootstrap.
+        picture: where the picture goes; None: `reset_plan.png` in `output_dir`.
+
+    Raises:
+        DataError: there is no log of a Trainer, or no evaluation in it.
+        ConfigError: a picture was asked for, and matplotlib is not installed.
+    """
+    from hf_reset.excursions import evaluation_interval, excursions_of, metric_of, read_log
+    from hf_reset.planner import recommend
+    from hf_reset.report.plan import plot_plan, recommendation_text
+
+    history = read_log(output_dir)
+    key = metric_of(history) if metric is None else metric if metric.startswith("eval_") else f"eval_{metric}"
+    greater = not key.endswith("loss") if greater_is_better is None else greater_is_better
+    excursions = excursions_of(history, metric=key, greater_is_better=greater, min_delta=min_delta)
+    interval = evaluation_interval(history, key)
+    advice = recommend(excursions, interval, seed=seed)
+    text = recommendation_text(advice, interval, key)
+    try:
+        drawn = plot_plan(excursions, interval, advice, picture or Path(output_dir) / "reset_plan.png")
+    except ModuleNotFoundError:
+        if picture is not None:
+            raise ConfigError("`--picture` needs matplotlib: pip install 'hf-reset[recipes]'.") from None
+        return f"{text}\n(No picture: matplotlib is not installed.)"
+    return f"{text}\nPicture: {drawn}"
 
 
 def scope_table(model_dir: str, more: Sequence[str] = (), *, names: bool = False) -> str:

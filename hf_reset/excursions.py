@@ -82,6 +82,18 @@ def excursions_of(
     return found + ([Excursion(start, tuple(ages), False)] if ages else [])
 
 
+def metric_of(log_history: Sequence[Mapping[str, Any]]) -> str:
+    """The evaluation result that chose the run's anchors, by their values; "eval_loss" where there are none."""
+    anchors = {record.get("step"): record.get("metric") for record in log_history if record.get("kind") == "anchor"}
+    evaluations = [record for record in log_history if record.get("step") in anchors]
+    names = {name for record in evaluations for name in record if str(name).startswith("eval_")}
+    for name in sorted(names, key=lambda name: (name != "eval_loss", name)):
+        values = {record["step"]: record[name] for record in reversed(evaluations) if name in record}
+        if values == anchors:
+            return name
+    return "eval_loss"
+
+
 def evaluation_interval(log_history: Sequence[Mapping[str, Any]], metric: str = "eval_loss") -> int:
     """The usual number of steps between two evaluations in a log history: their median, at least 1."""
     steps = sorted({int(record["step"]) for record in log_history if metric in record and "step" in record})

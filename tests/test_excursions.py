@@ -42,6 +42,15 @@ def test_direction_and_margin():
     assert found == [Excursion(10, (10,), True), Excursion(20, (10, 20), True)]
 
 
+def test_the_metric_is_the_one_whose_values_the_anchors_have():
+    log = [{"step": step, "eval_loss": 1.0 / step, "eval_f1": 0.5, "eval_runtime": 0.1} for step in (10, 20)]
+    assert excursions.metric_of(log) == "eval_loss"
+    by_loss = [*log, *({"kind": "anchor", "step": step, "metric": 1.0 / step} for step in (10, 20))]
+    assert excursions.metric_of(by_loss) == "eval_loss"
+    by_f1 = [*log, {"kind": "anchor", "step": 10, "metric": 0.5}]
+    assert excursions.metric_of(by_f1) == "eval_f1"
+
+
 @pytest.mark.parametrize(
     ("log", "message"),
     [
