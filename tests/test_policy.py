@@ -51,7 +51,7 @@ def test_config_is_frozen_and_json_plain():
         ("storage", "disk", "`storage` must be one of 'device', 'cpu'"),
         ("finish", "best", "`finish` must be one of 'anchor', 'last'"),
         ("patience", -1, "`patience` must be an integer of at least 0, got -1"),
-        ("patience", None, "`patience` must be an integer of at least 0, got None"),
+        ("patience", "long", "`patience` must be an integer of at least 0, got 'long'"),
         ("max_resets", 1.5, "`max_resets` must be an integer of at least 0, got 1.5"),
         ("seed", "x", "`seed` must be an integer, got 'x'"),
         ("min_delta", -1.0, "`min_delta` must be a finite number of at least 0, got -1.0"),
@@ -215,3 +215,109 @@ def test_floor_zero_needs_no_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------- resets that begin on evidence
+
+
+def watched(margins, config=None, learned=9.0):
+    """The state after a first best and then one evaluation, with no new best, for each margin."""
+    state, _ = observe(config or ResetConfig(), ResetState(), 1.0, 10, greater_is_better=False)
+    for number, worse in enumerate(margins):
+        step = 20 + 10 * number
+        state, _ = observe(
+            config or ResetConfig(), state, 1.5, step, greater_is_better=False, worse=worse, learned=learned
+        )
+    return state
+
+
+def test_resets_begin_once_two_evaluations_say_that_validation_has_turned():
+    assert watched([2.5]).armed_step is None  # one evaluation alone is a fluctuation
+    assert watched([2.5, 1.9]).armed_step is None
+    assert watched([0.0, 2.0]).armed_step == 30
+    assert watched([0.0, 2.0, -1.0]).armed_step == 30  # and stay on
+
+
+def test_a_run_near_chance_is_not_armed():
+    assert watched([3.0, 3.0], learned=1.9).armed_step is None
+    assert watched([3.0, 3.0], learned=2.0).armed_step == 30
+    assert watched([3.0, 3.0], learned=None).armed_step == 30  # not known
+
+
+def test_patience_does_not_ask_for_evidence():
+    assert watched([None, None], ResetConfig(patience=2)).armed_step == 30
+
+
+def excursions(harmed):
+    """The stretch after each excursion: seen to go wrong or not."""
+    state, stretches = ResetState(anchor_step=1), []
+    for step, went_wrong in enumerate(harmed):
+        state = dataclasses.replace(state, harmed=went_wrong).after_reset(step)
+        stretches.append(state.stretch)
+    return stretches
+
+
+def test_excursions_that_end_unharmed_double():
+    assert excursions([False] * 6) == [0, 1, 1, 2, 2, 3]
+    assert excursions([False] * 4 + [True, False, True]) == [0, 1, 1, 2, 1, 1, 0]
+
+
+def test_a_new_anchor_brings_excursions_back_to_their_length():
+    state = dataclasses.replace(watched([2.0, 2.0]), stretch=3, fruitless=1)
+    state, moved = observe(ResetConfig(), state, 0.5, 90, greater_is_better=False)
+    assert moved
+    assert (state.stretch, state.fruitless, state.harmed) == (0, 0, False)
+
+
+def test_harm_is_one_standard_error_and_is_remembered_until_the_reset():
+    state = watched([0.9])
+    assert not state.harmed
+    state = watched([1.0, -2.0])
+    assert state.harmed
+    assert not state.after_reset(40).harmed
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "periodic"])
+def test_stretched_excursions_are_rarer_by_their_factor(name):
+    config = ResetConfig(probability=0.1, policy=name)
+    state = ResetState(anchor_step=1, armed_step=0, stretch=2)
+    resets, steps = 0, 20_000
+    for step in range(steps):
+        if decide(config, state, step, seed=0):
+            resets += 1
+            state = dataclasses.replace(state, last_reset_step=step)
+    expected = steps * 0.1 / 4
+    assert abs(resets - expected) < 4 * math.sqrt(expected)
+    impatient = dataclasses.replace(config, patience=0)
+    assert sum(decide(impatient, state, step, seed=0) for step in range(steps, steps + 400)) > 2 * 400 * 0.1 / 4
+
+
+def alarms(correlation, runs=200, evaluations=60):
+    """Share of runs that only fluctuate in which the sequence of values ever says that validation has turned."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(runs):
+        values = list(rng.normal(size=evaluations))
+        for i in range(1, evaluations):
+            values[i] += correlation * values[i - 1]
+        margins = (policy.sequence_margin(values[:n], greater_is_better=False) for n in range(8, evaluations + 1))
+        found += any(margin >= policy.TURNED for margin in margins)
+    return found / runs
+
+
+def test_a_sequence_without_rows_seldom_takes_a_fluctuation_for_a_turn():
+    assert alarms(0.0) < 0.07 + 4 * math.sqrt(0.07 * 0.93 / 200)
+    assert alarms(0.5) < 0.17 + 4 * math.sqrt(0.17 * 0.83 / 200)
+
+
+def test_a_sequence_without_rows_sees_a_turn():
+    turned = np.abs(np.arange(40) - 10.0) / 2 + np.random.default_rng(0).normal(0, 0.3, 40)
+    assert policy.sequence_margin(turned[:30], greater_is_better=False) > policy.TURNED
+    assert policy.sequence_margin(-turned[:30], greater_is_better=True) > policy.TURNED
+    assert policy.sequence_margin([math.nan, *turned[:30]], greater_is_better=False) > policy.TURNED
+    assert policy.sequence_margin(range(7), greater_is_better=False) is None
+    assert policy.sequence_margin([1.0] * 9, greater_is_better=False) is None
+
+
+def test_the_state_survives_json():
+    state = watched([1.0, 2.5])
+    assert ResetState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state

@@ -343,6 +343,7 @@ class CalibratedMetrics:
     def __init__(self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None) -> None:
         self.compute_metrics = compute_metrics
         self._kept: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._rows: tuple[_Floats, _Floats] | None = None
         self._has_warned = False
 
     def __call__(self, prediction: Any, compute_result: bool | None = None) -> dict[str, Any]:
@@ -355,7 +356,17 @@ class CalibratedMetrics:
         self._kept.clear()
         found = calibrated_loss(logits, labels)
         self._warn(found, labels)
+        self._rows = found.rows, _frequency_rows(labels)
         return metrics | dict(zip(METRIC_NAMES, (found.loss, found.wrong_labels, found.temperature), strict=True))
+
+    def take_rows(self) -> tuple[_Floats, _Floats] | None:
+        """The rows' losses of the last evaluation, and those that the labels' frequencies alone would give.
+
+        Both of shape (N,), in nats, NaN where a row has no label; None where there was no evaluation since the last
+        call. For the paired test on which resets begin, see `hf_reset.training.evidence`.
+        """
+        rows, self._rows = self._rows, None
+        return rows
 
     def _own(self, prediction: Any, compute_result: bool | None) -> dict[str, Any]:
         if self.compute_metrics is None:
@@ -393,6 +404,15 @@ class CalibratedMetrics:
             self._has_warned = True
             message = "`calibrated_loss` is weak evidence: " + " And ".join(reasons)
             warnings.warn(message, WeakEvidenceWarning, stacklevel=3)
+
+
+def _frequency_rows(labels: NDArray[Any]) -> _Floats:
+    """−log of each row's label's own frequency, shape (N,); NaN where a row has no label."""
+    given = labels != IGNORE_INDEX
+    _, codes, counts = np.unique(labels[given], return_inverse=True, return_counts=True)
+    rows = np.full(len(labels), np.nan)
+    rows[given] = -np.log(counts[codes] / given.sum())
+    return rows
 
 
 def _takes_compute_result(function: Callable[..., Any]) -> bool:

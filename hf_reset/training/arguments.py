@@ -41,8 +41,12 @@ class ResetArguments:
         default="bernoulli",
         metadata={"help": "Draw at each step, or reset every round(1/r) steps, or 1, 1, 2, 1, 1, 2, 4, … times that."},
     )
-    reset_patience: int = field(
-        default=2, metadata={"help": "Evaluations without a new best before resets begin; 0: from the first anchor on."}
+    reset_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluations without a new best before resets begin; 0: from the first anchor on. Default: they "
+            "begin on evidence, when validation has turned by two standard errors of its rows' paired difference."
+        },
     )
     reset_metric: str | None = field(
         default=None,

@@ -1,0 +1,111 @@
+"""Has validation really turned? The paired comparison of validation rows on which resets begin.
+
+Two evaluations of one run see the same rows, so the difference of their mean losses has far less noise than
+either mean: what counts is the spread of the rows' *differences*. Pure numpy; `hf_reset.policy` decides by the
+numbers that come from here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Rows = NDArray[np.float64]
+
+EVALUATIONS = 2  # that are averaged before they are held against the anchor: one alone swings with its last batches
+
+
+class RowSource(Protocol):
+    """What an evaluation leaves behind for a paired comparison, such as `hf_reset.metrics.CalibratedMetrics`."""
+
+    def take_rows(self) -> tuple[_Rows, _Rows] | None:
+        """Losses of the rows of the last evaluation, and those of a model that knows the labels' frequencies alone.
+
+        Both of shape (N,), lower is better, in the evaluation set's order, NaN where a row has no label. None where
+        there was no evaluation since the last call.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What one evaluation says, in standard errors of a paired difference.
+
+    Args:
+        worse: how far validation lies above the anchor's (mean of the last `EVALUATIONS` since the anchor);
+            None where that cannot be told, below 0 where it is better.
+        learned: how far the anchor lies below what the labels' frequencies alone give. None: not known.
+    """
+
+    worse: float | None = None
+    learned: float | None = None
+
+
+@dataclass(frozen=True)
+class RowEvidence:
+    """The anchor's validation rows, and those of the evaluations since.
+
+    Attributes:
+        anchor: the rows' losses at the anchor, shape (N,); None before the first.
+        baseline: those of the labels' frequencies, shape (N,).
+        recent: of the last evaluations since the anchor, oldest first, `EVALUATIONS` - 1 of them.
+    """
+
+    anchor: _Rows | None = None
+    baseline: _Rows | None = None
+    recent: tuple[_Rows, ...] = field(default=())
+
+    def margins(self, rows: _Rows) -> Margins:
+        """What an evaluation with these rows says of itself and of the anchor."""
+        if self.anchor is None or self.anchor.shape != rows.shape:
+            return Margins()  # no anchor yet, or the evaluation set is another one now
+        learned = None if self.baseline is None else paired_margin(self.baseline, self.anchor)
+        return Margins(paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor), learned)
+
+    def seen(self, rows: _Rows) -> RowEvidence:
+        """With one more evaluation that the anchor did not move to."""
+        return replace(self, recent=(*self.recent, rows)[-(EVALUATIONS - 1) :])
+
+    def moved(self, rows: _Rows, baseline: _Rows | None) -> RowEvidence:
+        """With the anchor at the weights just evaluated."""
+        return RowEvidence(rows, baseline)
+
+    def left(self) -> RowEvidence:
+        """After a reset: the evaluations of the excursion that ended say nothing of the next."""
+        return replace(self, recent=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; numbers survive the way through JSON exactly."""
+        return {
+            "anchor": None if self.anchor is None else self.anchor.tolist(),
+            "baseline": None if self.baseline is None else self.baseline.tolist(),
+            "recent": [rows.tolist() for rows in self.recent],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RowEvidence:
+        """What `as_json` gave."""
+        anchor, baseline = (None if values[key] is None else np.array(values[key]) for key in ("anchor", "baseline"))
+        return cls(anchor, baseline, tuple(np.array(rows) for rows in values["recent"]))
+
+
+def paired_margin(above: _Rows, below: _Rows) -> float | None:
+    """Mean of `above` - `below` over the rows that have both, in standard errors of that mean.
+
+    Args:
+        above: one loss a row, shape (N,).
+        below: another loss of the same rows, shape (N,).
+
+    Returns:
+        None for fewer than two such rows, and where the difference is the same in every row (identical weights).
+    """
+    difference = above - below
+    difference = difference[np.isfinite(difference)]
+    if len(difference) < 2:
+        return None
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return float(difference.mean()) / error if error > 0 else None
