@@ -168,7 +168,7 @@ def test_config_default_is_the_contract():
         probability=0.01,
         scope="all",
         policy="bernoulli",
-        patience=2,
+        patience=None,
         metric=None,
         greater_is_better=None,
         min_delta=0.0,
