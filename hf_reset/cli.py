@@ -105,7 +105,7 @@ def scope_table(model_dir: str, more: Sequence[str] = (), *, names: bool = False
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = [("scope", "tensors", "parameters", "bytes", "of trainable", "for example")]
     listings = []
-    for scope in ["all", "head", "adapters", "last:1", "last:2", *more]:
+    for scope in ["all", "head", "adapters", "peft", "last:1", "last:2", *more]:
         try:
             selected = select_parameters(model, scope)
         except ScopeError as error:

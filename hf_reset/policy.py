@@ -51,8 +51,9 @@ class ResetConfig:
             paper's r is per mini-batch iteration, which is an optimizer step here. "auto" chooses it anew at
             each evaluation, from how long this run's excursions take to a new best: between 1/32 and 1 resets an
             evaluation interval, 1/2 until that is known. See `hf_reset.planner`.
-        scope: which trainable parameters go back: "all", "head", "adapters", "last:K" (the last K
-            transformer blocks and the head), a regular expression (`re.search` on parameter names), or a
+        scope: which trainable parameters go back: "all", "head", "adapters", "peft" (all that PEFT trains, which
+            is the one to take where a head is trained beside adapters), "last:K" (the last K transformer blocks
+            and the head), a regular expression (`re.search` on parameter names), or a
             list of names and suffixes. See `hf_reset.select_parameters`.
         policy: "bernoulli" draws at each step with `probability`; "periodic" resets every round(1/r) steps,
             the sharp restart of first-passage theory; "luby" makes excursions of 1, 1, 2, 1, 1, 2, 4, … times
@@ -368,19 +369,19 @@ def _checked_scope(scope: Any) -> str | list[str]:
         if scope.startswith("last:"):
             if not re.fullmatch(r"last:[1-9]\d*", scope):
                 raise ConfigError(f'`scope` "last:K" needs a whole K of at least 1, got {scope!r}.')
-        elif scope not in ("all", "head", "adapters"):
+        elif scope not in ("all", "head", "adapters", "peft"):
             try:
                 re.compile(scope)
             except re.error as error:
                 raise ConfigError(
                     f'`scope` {scope!r} is not a valid regular expression: {error}. A scope is "all", '
-                    '"head", "adapters", "last:K", a regular expression, or a list of names.'
+                    '"head", "adapters", "peft", "last:K", a regular expression, or a list of names.'
                 ) from None
         return scope
     if isinstance(scope, Sequence) and not isinstance(scope, str) and scope:
         if all(isinstance(item, str) and item for item in scope):
             return list(scope)
     raise ConfigError(
-        f'`scope` must be "all", "head", "adapters", "last:K", a regular expression, or a non-empty list of '
+        f'`scope` must be "all", "head", "adapters", "peft", "last:K", a regular expression, or a non-empty list of '
         f"parameter names or suffixes, got {scope!r}."
     )

@@ -445,3 +445,73 @@ def test_peft_only_adapters_move():
     anchor.restore()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) is ("lora_" in name)
+
+
+# The end under a partial scope
+
+
+@pytest.mark.parametrize("storage", ["device", "cpu"])
+def test_a_finish_brings_back_all_that_was_evaluated_with_a_partial_anchor(trained, storage, tmp_path):
+    model, optimizer = trained
+    anchor = AnchorStore(model, optimizer, scope="head", storage=storage, keep_rest=True)
+    lean = AnchorStore(model, optimizer, scope="head", storage=storage)
+    anchor.snapshot()
+    lean.snapshot()
+    rest = sum(p.numel() * 4 for name, p in model.named_parameters() if name not in anchor.names)
+    assert anchor.nbytes == lean.nbytes + rest
+    before, moments_before = weights(model), moments(optimizer, model)
+    step(model, optimizer, 5)
+    moved, moments_moved = weights(model), moments(optimizer, model)
+    anchor.restore()  # a reset goes back in its scope only
+    assert equal(weights(model), {name: (before if name in anchor.names else moved)[name] for name in moved})
+    with anchor.swapped():
+        assert equal(weights(model), {name: (before if name in anchor.names else moved)[name] for name in moved})
+    anchor.save(tmp_path / "a")
+    reloaded = AnchorStore(model, optimizer, scope="head", keep_rest=True)
+    reloaded.load(tmp_path / "a")
+    for one in (anchor, reloaded):
+        step(model, optimizer, 6)
+        assert one.finish()
+        assert equal(weights(model), before)
+    kept = moments(optimizer, model)
+    assert all(torch.equal(kept[key], moments_before[key]) for key in kept if key[0] in anchor.names)
+    assert not any(torch.equal(kept[key], moments_moved[key]) for key in kept if key[0] not in anchor.names)
+
+
+def test_an_anchor_written_without_the_rest_still_loads_and_says_so_at_the_end(trained, tmp_path):
+    model, optimizer = trained
+    lean, anchor = (AnchorStore(model, optimizer, scope="head", keep_rest=keep) for keep in (False, True))
+    lean.snapshot(), lean.save(tmp_path / "lean")
+    anchor.snapshot(), anchor.save(tmp_path / "whole")
+    anchor.load(tmp_path / "lean")
+    assert not anchor.finish()
+    lean.load(tmp_path / "whole")
+    assert lean.nbytes < AnchorStore(model, optimizer, scope="head", keep_rest=True).nbytes
+    assert not lean.finish()
+    assert AnchorStore(model, optimizer, keep_rest=True).nbytes == AnchorStore(model, optimizer).nbytes
+
+
+def test_batch_norm_statistics_belong_to_the_finish():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    anchor = AnchorStore(model, scope=["2"], keep_rest=True)
+    anchor.snapshot()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(8, 3) + 5)
+    anchor.restore()
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert anchor.finish()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# AdaLoRA
+
+
+def test_adalora_is_refused_and_its_head_is_not():
+    config = peft.AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_r=4, target_r=2, total_step=20)
+    model = peft.get_peft_model(bert(), config)
+    for scope in ("all", "adapters", "peft"):
+        with pytest.raises(UnsupportedError, match=r"AdaLoRA's weights .*lora_A.* are not supported.*Use `LoraConfig`"):
+            AnchorStore(model, scope=scope)
+    AnchorStore(model, scope="head")
+    with pytest.raises(UnsupportedError, match=r"AdaLoRA"):
+        AnchorStore(model, scope="head", keep_rest=True)

@@ -99,6 +99,49 @@ def test_adapters_of_lora_and_modules_to_save_is_head():
     assert set(adapters) | set(head) == set(names(model, "all"))
 
 
+def classifiers():
+    """PEFT classifiers whose head is trained as a copy (`modules_to_save`), by method."""
+    base = llama(cls=LlamaForSequenceClassification)
+    yield "lora", lora(base, task_type="SEQ_CLS", bias="all", trainable_token_indices={"embed_tokens": [1, 2]})
+    base = llama(cls=LlamaForSequenceClassification)
+    yield "ia3", peft.get_peft_model(base, peft.IA3Config("SEQ_CLS", target_modules=["q_proj"], feedforward_modules=[]))
+    base = llama(cls=LlamaForSequenceClassification)
+    yield "prompt", peft.get_peft_model(base, peft.PromptTuningConfig("SEQ_CLS", num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("method", "model"), list(classifiers()), ids=lambda value: value if str(value) == value else ""
+)
+def test_peft_is_adapters_and_the_trained_head(method, model):
+    chosen = names(model, "peft")
+    assert set(chosen) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in name for name in chosen)
+    assert not any("modules_to_save" in name for name in names(model, "adapters"))
+    assert covers_all(model, select_parameters(model, "peft"))
+    model.get_base_model().model.norm.requires_grad_(True)  # unfrozen by hand: not PEFT's
+    assert names(model, "peft") == chosen
+    assert not covers_all(model, select_parameters(model, "peft"))
+
+
+def test_peft_takes_the_classifier_of_xlora(tmp_path):
+    for name in ("a", "b"):
+        lora(llama()).save_pretrained(tmp_path / name)
+    base = llama()
+    base.config.use_cache = False
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=16, adapters={name: str(tmp_path / name) for name in ("a", "b")}
+    )
+    model = peft.get_peft_model(base, config)
+    chosen = names(model, "peft")
+    assert any("internal_xlora_classifier" in name for name in chosen)
+    assert set(chosen) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_peft_needs_a_peft_model():
+    with pytest.raises(ScopeError, match=r'`scope` "peft" needs a PEFT model'):
+        names(bert(), "peft")
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -8,12 +8,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_reset.anchor.scopes import batch_norm_buffers, covers_all, select_parameters, unwrapped
+from hf_reset.anchor.scopes import (
+    batch_norm_buffers,
+    covers_all,
+    named_parameters,
+    refuse_rank_allocation,
+    select_parameters,
+    unwrapped,
+)
 from hf_reset.anchor.shards import Layout, copy_all, give_up_gathered, refuse_part_of_flat, shards_of
 from hf_reset.policy import Scope
 
 _OPTIMIZER = "optimizer"
 _PASSING = (_OPTIMIZER, "gathered")  # kinds that may not be there at a given moment
+_REST = "rest-"  # before the kind of what lies outside the scope
 
 
 class Key(NamedTuple):
@@ -21,7 +29,7 @@ class Key(NamedTuple):
 
     Attributes:
         kind: "parameter", "master" (DeepSpeed's float32 weights), "gathered" (ZeRO-3's whole copy of a small
-            parameter), "buffer", or "optimizer".
+            parameter), "buffer", or "optimizer"; "rest-parameter" and so on for what lies outside the scope.
         entry: the entry of the optimizer's state, such as "exp_avg"; None for every other kind.
         name: the parameter's or the buffer's.
     """
@@ -49,6 +57,11 @@ class Key(NamedTuple):
         return self.kind == _OPTIMIZER
 
     @property
+    def is_rest(self) -> bool:
+        """Whether it lies outside the scope."""
+        return self.kind.startswith(_REST)
+
+    @property
     def is_passing(self) -> bool:
         """Whether it may not be there at a given moment: optimizers and engines make and drop it."""
         return self.kind in _PASSING
@@ -62,6 +75,7 @@ class LiveViews:
         optimizer: its optimizer; None where only weights matter.
         scope: which trainable parameters, see `hf_reset.select_parameters`. A scope that covers all of them
             takes the running statistics of BatchNorm layers along.
+        rest: whether the trainable parameters outside the scope are reachable too, see `rest`.
 
     Attributes:
         parameters: the parameters of the scope, by name.
@@ -73,14 +87,17 @@ class LiveViews:
         UnsupportedError: the model's layout or the optimizer is one in which a reset could not be exact.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any = None, scope: Scope = "all") -> None:
+    def __init__(self, model: nn.Module, optimizer: Any = None, scope: Scope = "all", *, rest: bool = False) -> None:
         self._model = unwrapped(model)
         give_up_gathered(model)
         refuse_part_of_flat(model, scope)
         self.parameters = select_parameters(self._model, scope)
         self.is_full = covers_all(self._model, self.parameters)
-        self.shards = shards_of(model, self.parameters, optimizer, full=self.is_full)
-        self._buffers = batch_norm_buffers(self._model) if self.is_full else []
+        self._rest = self._outside() if rest else {}
+        reachable = {**self.parameters, **self._rest}
+        refuse_rank_allocation(self._model, reachable)
+        self.shards = shards_of(model, reachable, optimizer, full=self.is_full)
+        self._buffers = batch_norm_buffers(self._model) if self.is_full or self._rest else []
 
     @property
     def layout(self) -> Layout:
@@ -88,13 +105,26 @@ class LiveViews:
         return self.shards.layout
 
     def weights(self) -> dict[Key, Tensor]:
-        """Every tensor that holds weights, or BatchNorm's statistics."""
+        """Every tensor that holds weights of the scope, or with a full one BatchNorm's statistics."""
         live = {
             Key(part, None, name): tensor
             for name in self.parameters
             for part, tensor in self.shards.weights(name).items()
         }
-        live.update({Key("buffer", None, name): self._model.get_buffer(name) for name in self._buffers})
+        if self.is_full:
+            live.update({Key("buffer", None, name): self._model.get_buffer(name) for name in self._buffers})
+        return live
+
+    def rest(self) -> dict[Key, Tensor]:
+        """Every tensor that holds trainable weights outside the scope, and BatchNorm's statistics, if asked for."""
+        live = {
+            Key(_REST + part, None, name): tensor
+            for name in self._rest
+            for part, tensor in self.shards.weights(name).items()
+            if part != "gathered"  # the next forward gathers anew
+        }
+        if self._rest:
+            live.update({Key(_REST + "buffer", None, name): self._model.get_buffer(name) for name in self._buffers})
         return live
 
     def optimizer_state(self) -> dict[Key, Any]:
@@ -107,11 +137,11 @@ class LiveViews:
 
     def whole(self, key: Key, share: Tensor) -> Tensor:
         """The DTensor that a share is this rank's part of; where weights are no DTensors, the share itself."""
-        return share if key.kind == "buffer" else self.shards.whole(key.name, share, key.entry)
+        return share if key.kind.endswith("buffer") else self.shards.whole(key.name, share, key.entry)
 
     def device_of(self, key: Key) -> torch.device:
         """Where a value of this key lies, or would lie if there were one."""
-        if key.kind == "buffer":
+        if key.kind.endswith("buffer"):
             return self._model.get_buffer(key.name).device
         if key.entry is not None:
             state = self.shards.optimizer_state(key.name).get(key.entry)
@@ -121,9 +151,19 @@ class LiveViews:
                 return torch.device("cpu")
         return self.shards.weights(key.name)["parameter"].device
 
-    def give_up_gathered(self, kept: Collection[Key] = ()) -> None:
-        """Before a write: drop whole copies that an evaluation left, which would hide it; `kept` are written too."""
-        self.shards.give_up_gathered({key.name for key in kept if key.kind == "gathered"})
+    def give_up_gathered(self, kept: Collection[Key] = (), *, rest: bool = False) -> None:
+        """Before a write: drop whole copies that an evaluation left, which would hide it.
+
+        Args:
+            kept: copies that will be written too.
+            rest: whether the rest will be written, or only the scope.
+        """
+        others = set() if rest else set(self._rest)
+        self.shards.give_up_gathered(others | {key.name for key in kept if key.kind == "gathered"})
+
+    def _outside(self) -> dict[str, nn.Parameter]:
+        trained = {name: p for name, p in named_parameters(self._model).items() if p.requires_grad}
+        return {name: p for name, p in trained.items() if name not in self.parameters}
 
 
 class Copy:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.modules.batchnorm import _NormBase
 
-from hf_reset.errors import ScopeError
+from hf_reset.errors import ScopeError, UnsupportedError
 from hf_reset.policy import Scope
 
 _AROUND = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
@@ -30,6 +30,9 @@ def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Pa
             "head": what lies outside the base model (`base_model_prefix`), and on a PEFT model the
             trainable copies of `modules_to_save`.
             "adapters": what a PEFT method added and trains, of the active adapter; never `modules_to_save`.
+            "peft": everything that PEFT trains: the adapters, `modules_to_save` (a classifier's new head), and
+            modules of PEFT's own such as X-LoRA's classifier. Take it wherever a head is trained beside adapters:
+            under "adapters" a reset leaves that head where it is.
             "last:K": the last K blocks of the longest stack of blocks, and the head.
             Any other string: a regular expression, `re.search` on parameter names.
             A list: names of parameters or modules, whole or as suffixes at a dot.
@@ -48,6 +51,8 @@ def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Pa
         chosen = _head(model, named)
     elif scope == "adapters":
         chosen = _adapters(model, named)
+    elif scope == "peft":
+        chosen = _peft(model, named)
     elif isinstance(scope, str) and re.fullmatch(r"last:\d+", scope):
         chosen = _last_blocks(model, named, int(scope[5:]))
     elif isinstance(scope, str):
@@ -68,6 +73,26 @@ def select_parameters(model: nn.Module, scope: Scope = "all") -> dict[str, nn.Pa
 def covers_all(model: nn.Module, selected: dict[str, nn.Parameter]) -> bool:
     """Whether `selected` holds every trainable parameter, so that a reset of it is a full one."""
     return all(name in selected for name, p in named_parameters(unwrapped(model)).items() if p.requires_grad)
+
+
+def refuse_rank_allocation(model: nn.Module, selected: dict[str, nn.Parameter]) -> None:
+    """AdaLoRA keeps more than its weights: importance averages and a rank pattern, which decide what is masked next.
+
+    A reset would not bring them back, a step whose backward is skipped has no gradient for them, and an adapter
+    would be saved with the last step's ranks and the anchor's weights.
+
+    Raises:
+        UnsupportedError: `selected` has weights of an AdaLoRA layer.
+    """
+    if any(type(module).__module__.startswith("peft.tuners.adalora") for module in model.modules()):
+        adapters = _adapter_names(model, dict(model.named_parameters()))
+        taken = next((name for name in selected if name in adapters), None)
+        if taken is not None:
+            raise UnsupportedError(
+                f"Resets of AdaLoRA's weights ({taken!r}) are not supported: its rank allocator keeps importance "
+                "averages and a rank pattern beside them, which a reset would leave behind. Use `LoraConfig`, with "
+                "`use_rslora` or `use_dora` if need be, or a `scope` without the adapters."
+            )
 
 
 def batch_norm_buffers(model: nn.Module) -> list[str]:
@@ -172,11 +197,19 @@ def _last_blocks(model: nn.Module, named: dict[str, nn.Parameter], count: int) -
     return chosen | _modules_to_save(model, named)
 
 
-def _adapters(model: nn.Module, named: dict[str, nn.Parameter]) -> set[str]:
+def _peft(model: nn.Module, named: dict[str, nn.Parameter]) -> set[str]:
+    """Adapters, trainable copies of modules, and whatever lies in PEFT's wrapper and not in the model inside."""
+    names = _adapters(model, named, "peft") | _modules_to_save(model, named)
+    if hasattr(model, "get_base_model"):
+        names |= set(named) - _names_of(named, _base(model)[0])
+    return names
+
+
+def _adapters(model: nn.Module, named: dict[str, nn.Parameter], scope: str = "adapters") -> set[str]:
     names = _adapter_names(model, named)
     if not names:
         raise ScopeError(
-            f'`scope` "adapters" needs a PEFT model, and {type(model).__name__} has no adapter. Wrap it with '
+            f'`scope` "{scope}" needs a PEFT model, and {type(model).__name__} has no adapter. Wrap it with '
             '`peft.get_peft_model(model, LoraConfig(...))`, or choose "all", "head" or "last:K".'
         )
     return names
@@ -201,7 +234,7 @@ def _adapter_names(model: nn.Module, named: dict[str, nn.Parameter]) -> set[str]
     # Adaption prompts are the one method whose tuner names no prefix.
     prefixes = (getattr(getattr(model, "base_model", None), "prefix", None) or "adaption_", "adaption_")
     for name in named:
-        parts = name.split(".")
+        parts = [part for part in name.split(".") if part != "lora_model"]  # X-LoRA's wrapper of the whole model
         if "prompt_encoder" in parts or any(part.startswith(prefixes) for part in parts):
             names.add(name)
     if isinstance(configs, dict) and any(getattr(c, "bias", "none") == "all" for c in configs.values()):

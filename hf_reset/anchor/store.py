@@ -35,6 +35,8 @@ class AnchorStore:
             takes the running statistics of BatchNorm layers along.
         optimizer_state: on restore, "restore" what it was at the snapshot, "zero" it, or "keep" it.
         storage: "device", beside the weights, or "cpu" (pinned where the weights are on CUDA).
+        keep_rest: whether `snapshot` copies the trainable weights outside the scope too, for `finish`: the bytes of
+            these weights, without optimizer state. With a scope that covers everything it makes no difference.
 
     Raises:
         ScopeError: the scope selects nothing, everything by accident, or a tied head.
@@ -55,11 +57,13 @@ class AnchorStore:
         scope: Scope = "all",
         optimizer_state: Literal["restore", "zero", "keep"] = "restore",
         storage: Literal["device", "cpu"] = "device",
+        *,
+        keep_rest: bool = False,
     ) -> None:
         self.scope = scope
         self.optimizer_state = optimizer_state
         self.storage = storage
-        self._views = LiveViews(model, optimizer, scope)
+        self._views = LiveViews(model, optimizer, scope, rest=keep_rest)
         if optimizer_state == "zero" and optimizer is not None:
             refuse_zeroing(optimizer)
         self._copy = Copy(storage)
@@ -118,8 +122,24 @@ class AnchorStore:
         self._require_set("restore")
         self._views.give_up_gathered(kept=self._copy.held)
         live = self._live()
-        self._copy.put_back(live)
+        self._copy.put_back({key: value for key, value in live.items() if not key.is_rest})
         self._restore_optimizer(live)
+
+    def finish(self) -> bool:
+        """Leave the model as it was when the anchor was taken: `restore`, and the weights outside the scope.
+
+        Returns:
+            Whether all trainable weights are the anchor's: with a partial scope, whether the rest was kept.
+
+        Raises:
+            AnchorError: there is no anchor yet, or it is swapped in.
+        """
+        self.restore()
+        rest = self._views.rest()
+        if rest:
+            self._views.give_up_gathered(rest=True)
+            self._copy.put_back(rest)
+        return self.is_full or any(key.is_rest for key in self._copy.held)
 
     def distance(self) -> float:
         """Euclidean distance ‖θ − θ_c‖ of the live parameters from the anchor (this rank's share of it)."""
@@ -192,11 +212,13 @@ class AnchorStore:
         return json.loads(header["metadata"])
 
     def _is_wanted(self, key: Key) -> bool:
+        if key.is_rest:
+            return key in self._views.rest()
         return self.optimizer_state == "restore" or not key.is_optimizer
 
     def _live(self) -> dict[Key, Any]:
         """Every live value that an anchor copies: tensors to write in place, and optimizer numbers."""
-        live: dict[Key, Any] = {**self._views.weights()}
+        live: dict[Key, Any] = {**self._views.weights(), **self._views.rest()}
         if self.optimizer_state == "restore":
             live.update(self._views.optimizer_state())
         return live
@@ -234,8 +256,12 @@ class AnchorStore:
 
     def _check_fit(self, path: str | os.PathLike[str], header: Header, shapes: Shapes) -> None:
         saved_scope = json.loads(header["scope"])
-        live = {key: self._views.whole(key, value).shape for key, value in self._live().items() if not key.is_passing}
-        stored = {key: shape for key, shape in shapes.items() if not key.is_passing}
+        live = {
+            key: self._views.whole(key, value).shape
+            for key, value in self._live().items()
+            if not key.is_passing and (not key.is_rest or key in shapes)  # it may have been written without the rest
+        }
+        stored = {key: size for key, size in shapes.items() if not key.is_passing and (not key.is_rest or key in live)}
         if stored.keys() != live.keys():
             odd = sorted(map(str, stored.keys() ^ live.keys()))
             what = "another scope" if saved_scope != self.scope else "another model"

@@ -34,7 +34,7 @@ class ResetArguments:
     reset_scope: str = field(
         default="all",
         metadata={
-            "help": "What goes back: all, head, adapters, last:K, a regular expression, or a JSON list of names."
+            "help": "What goes back: all, head, adapters, peft, last:K, a regular expression, or a JSON list of names."
         },
     )
     reset_policy: Literal["bernoulli", "periodic", "luby"] = field(
