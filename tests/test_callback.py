@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_reset import ResetConfig, StochasticResetCallback
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, ScopeError
-from hf_reset.training.callback import greater_is_better, metric_key
+from hf_reset.training.metric import MetricWatch
 
 
 def lands_on_anchors(reset, recorder):
@@ -259,9 +259,9 @@ def test_a_nan_metric_is_never_a_best(tmp_path):
     ],
 )
 def test_the_metric_and_its_direction(tmp_path, config, args, key, greater):
-    args = arguments(tmp_path, **args)
-    assert metric_key(ResetConfig(**config), args) == key
-    assert greater_is_better(ResetConfig(**config), args) is greater
+    watch = MetricWatch.of(ResetConfig(**config), arguments(tmp_path, **args))
+    assert watch.key == key
+    assert watch.greater_is_better is greater
 
 
 # What is refused

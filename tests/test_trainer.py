@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from hf_reset import ResetArguments, ResetTrainer, ResetTrainerMixin, ResetTrainingArguments, StochasticResetCallback
 from hf_reset.corpora import train_tokenizer
 from hf_reset.errors import ConfigError
+from hf_reset.training.trainer import PRIVATE_HOOKS
 
 RESET = {"reset_probability": 0.4, "reset_patience": 0}
 
@@ -145,6 +146,14 @@ def test_a_robust_loss_by_its_name(tmp_path):
     assert all(abs(loss - 2 / 3) < 0.1 for loss in losses)  # three classes, near chance
     with pytest.raises(ConfigError, match="loss 'gce' takes no alpha; it takes"):
         reset_run(tmp_path, reset_loss="gce", reset_loss_options='{"alpha": 1.0}', train=False, **RESET)
+
+
+def test_the_private_hooks_are_those_on_the_list():
+    """What is overridden beyond Trainer's public methods is on one list, and Trainer still has all of it."""
+    from transformers import Trainer
+
+    overridden = {name for name in vars(ResetTrainerMixin) if name.startswith("_") and hasattr(Trainer, name)}
+    assert {name for name in overridden if not name.startswith("__")} == set(PRIVATE_HOOKS)
 
 
 # TRL

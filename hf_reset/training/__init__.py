@@ -1,5 +1,6 @@
 """The Trainer's side. In reading order:
 
+* `metric`: which evaluation result chooses weights, and the same on every rank;
 * `callback`: the method, in any Trainer; `resume`: its anchor in a checkpoint, and which checkpoints are whole;
 * `arguments` and `trainer`: the same from the command line, with exact resume from anywhere; `sft`: for TRL;
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model;

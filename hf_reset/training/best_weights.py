@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import MetricError
-from hf_reset.policy import ResetConfig, is_better
-from hf_reset.training.callback import greater_is_better, metric_key
+from hf_reset.policy import ResetConfig
+from hf_reset.training.metric import MetricWatch
 
 
 class BestWeightsCallback(TrainerCallback):
@@ -42,6 +42,7 @@ class BestWeightsCallback(TrainerCallback):
         self.best: float | None = None
         self.step: int | None = None
         self._file: Path | None = None
+        self._watch: MetricWatch | None = None  # only while training
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -62,8 +63,7 @@ class BestWeightsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make room, and take the file up again when a run is resumed."""
-        self._key = metric_key(self.config, args)
-        self._greater = greater_is_better(self.config, args)
+        self._watch = MetricWatch.of(self.config, args)
         self.store = AnchorStore(
             kwargs["model"], kwargs["optimizer"], scope="all", optimizer_state="keep", storage=self.storage
         )
@@ -85,10 +85,11 @@ class BestWeightsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Copy the weights if they are a new best."""
-        if self.store is None or metrics is None or self._key not in metrics:
+        if self._watch is None or self.store is None or metrics is None:
             return
-        value = float(metrics[self._key])
-        if not is_better(value, self.best, greater_is_better=self._greater, min_delta=self.config.min_delta):
+        self._watch.agree(metrics, args)  # before a save that takes all ranks
+        value = self._watch.value_in(metrics)
+        if value is None or not self._watch.is_better(value, self.best):
             return
         self.best, self.step = value, state.global_step
         self.store.snapshot()
@@ -99,4 +100,4 @@ class BestWeightsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluations after training are not taken in."""
-        self._key = ""
+        self._watch = None

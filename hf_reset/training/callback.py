@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import logging
-import math
 import numbers
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset.anchor.file import read_metadata, write_copy
-from hf_reset.anchor.ranks import from_first, gathered, together, world_size
+from hf_reset.anchor.ranks import together
 from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
-from hf_reset.errors import AnchorFileError, ConfigError, MetricError, NoEffectWarning
+from hf_reset.errors import ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
-from hf_reset.training.resume import anchor_file, refuse_other_world_size, reset_records
+from hf_reset.training.metric import MetricWatch
+from hf_reset.training.resume import Progress, save_progress, saved_into, take_up
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +66,7 @@ class StochasticResetCallback(TrainerCallback):
         self.events: list[dict[str, Any]] = []
         self.store: AnchorStore | None = None
         self.reset_state = ResetState()
-        self._is_training = False
+        self._run: _Run | None = None  # the last one, also when it has ended
 
     # What the Trainer calls.
 
@@ -78,33 +75,22 @@ class StochasticResetCallback(TrainerCallback):
     ) -> None:
         """Check the set-up, make room for the anchor, and take up where a checkpoint left off."""
         self._refuse_second_callback(state)
-        self._metric_key = metric_key(self.config, args)
-        self._greater_is_better = greater_is_better(self.config, args)
-        self._seed = args.seed if self.config.seed is None else self.config.seed
-        self._unseen: set[str] = set()  # results of evaluations since the last step, none with the metric
-        self._seen = False
-        self._observed_step = -1
-        self._saved_step = -1
-        self.events = []
-        self.reset_state = ResetState()
-        self.store = None
+        seed = args.seed if self.config.seed is None else self.config.seed
+        run = _Run(MetricWatch.of(self.config, args), seed)
+        self.events, self.reset_state, self.store = [], ResetState(), None
         with together():
             if self.config.needs_anchor:
-                self._refuse_no_evaluation(args)
-                self.store = AnchorStore(
-                    kwargs["model"],
-                    kwargs["optimizer"],
-                    scope=self.config.scope,
-                    optimizer_state=self.config.optimizer_state,
-                    storage=self.config.storage,
-                )
+                _refuse_no_evaluation(run.watch, args)
+                self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
             if state.global_step > 0:
                 refuse_lost_state(kwargs["model"], kwargs["optimizer"])
         if state.global_step > 0:
             # An evaluation before the first step (`eval_on_start`) would not have been there without the stop.
-            self._observed_step = state.global_step
-            self._resume(args, state)
-        self._is_training = True
+            run.observed_step = state.global_step
+            directory, self.resume_from_checkpoint = self.resume_from_checkpoint, None
+            progress = take_up(directory, self.store, self._progress(run, args), args, state)
+            self.reset_state, self.events = progress.state, progress.events
+        self._run = run
 
     def on_evaluate(
         self,
@@ -115,19 +101,20 @@ class StochasticResetCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take one evaluation in; the weights just evaluated become the anchor if they are a new best."""
-        if not self._is_training or metrics is None:
+        run = self._run
+        if run is None or run.ended or metrics is None:
             return
-        self._agree_on_metric(args, metrics)
-        if self._metric_key not in metrics:
-            self._note_absence(metrics)
+        run.watch.agree(metrics, args)
+        value = run.watch.value_in(metrics)
+        if value is None:
+            run.note_absence(metrics)
             return
-        self._seen = True
-        if state.global_step == self._observed_step:
+        run.seen = True
+        if state.global_step == run.observed_step:
             return
-        self._observed_step = state.global_step
-        value = _number(self._metric_key, metrics[self._metric_key])
+        run.observed_step = state.global_step
         self.reset_state, moved = observe(
-            self.config, self.reset_state, value, state.global_step, greater_is_better=self._greater_is_better
+            self.config, self.reset_state, value, state.global_step, greater_is_better=run.watch.greater_is_better
         )
         if moved:
             self._move_anchor(state)
@@ -137,8 +124,9 @@ class StochasticResetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Say it if the evaluations before this step all lacked the metric."""
-        self._refuse_unseen_metric()
-        self._unseen, self._seen = set(), False
+        if self._run is not None:
+            self._run.refuse_unseen_metric()
+            self._run.begin_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,27 +141,24 @@ class StochasticResetCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
-        if args.save_only_model or self._saved_step == state.global_step:
+        if args.save_only_model or self._run is None or self._run.saved_step == state.global_step:
             return
-        directory = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        if not all(gathered(directory.is_dir() or not self._writes(args))):
-            logger.warning(
-                "The anchor was not saved: there is no %s. A hyperparameter search writes elsewhere; use ResetTrainer "
-                "there to be able to resume.",
-                directory,
-            )
-            return
-        self.save_anchor(directory, args, state)
+        directory = saved_into(args, state, self.store)
+        if directory is not None:
+            self.save_anchor(directory, args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint."""
-        self._refuse_unseen_metric()
-        self._is_training = False
+        run = self._run
+        if run is None:
+            return
+        run.refuse_unseen_metric()
+        run.ended = True
         if self.store is not None and not self.store.is_set:
             warnings.warn(
-                f"No evaluation gave a finite {self._metric_key!r}, so there was no anchor and nothing was reset. "
+                f"No evaluation gave a finite {run.watch.key!r}, so there was no anchor and nothing was reset. "
                 "Evaluate more often (`eval_steps`), or look at why the metric is not finite.",
                 NoEffectWarning,
                 stacklevel=2,
@@ -189,9 +174,9 @@ class StochasticResetCallback(TrainerCallback):
 
     def resets_at(self, step: int) -> bool:
         """Whether optimizer step `step` (`state.global_step` inside the step) ends in a reset, as things stand."""
-        if not self._is_training or self.store is None or not self.store.is_set:
+        if self._run is None or self._run.ended or self.store is None or not self.store.is_set:
             return False
-        return decide(self.config, self.reset_state, step, seed=self._seed)
+        return decide(self.config, self.reset_state, step, seed=self._run.seed)
 
     def report(self, step: int) -> dict[str, float]:
         """What to log after `step` steps: how many resets, and where the anchor is."""
@@ -209,63 +194,24 @@ class StochasticResetCallback(TrainerCallback):
 
     def save_anchor(self, directory: str | Path, args: TrainingArguments, state: TrainerState) -> None:
         """Write the anchor and what has happened so far into a checkpoint directory, whole or not at all."""
-        self._saved_step = state.global_step
-        if not self.events:
-            return
-        if self.store is not None and self.store.layout == "rows":  # a collective, whose errors are common already
-            self._write_anchor(directory, args)
-            return
-        with together():
-            if self._writes(args):
-                self._write_anchor(directory, args)
+        if self._run is not None:
+            self._run.saved_step = state.global_step
+            if self.events:
+                save_progress(directory, self.store, self._progress(self._run, args), args)
 
     # Steps of the above.
 
-    def _writes(self, args: TrainingArguments) -> bool:
-        """Whether this rank writes an anchor file, or its part of one."""
-        return args.should_save or (self.store is not None and self.store.layout != "whole")
-
-    def _write_anchor(self, directory: str | Path, args: TrainingArguments) -> None:
-        metadata = {
-            "state": asdict(self.reset_state),
-            "trail": _trail_digest(self.events),
-            "seed": self._seed,
-            "world_size": args.world_size,
-            "config": asdict(self.config),
-        }
-        file = self._file_in(directory, args)
-        if self.store is not None:
-            self.store.save(file, metadata)
-        else:  # nothing is kept, but the audit trail goes on after a resume
-            write_copy(file, {}, {"metadata": json.dumps(metadata)})
-
-    def _agree_on_metric(self, args: TrainingArguments, metrics: dict[str, Any]) -> None:
-        """Everyone decides by rank 0's value, and writes it where Trainer looks for its own best.
-
-        Results are equal on all ranks unless `compute_metrics` makes them differ; anchors that moved apart would
-        never be noticed.
-        """
-        if world_size() == 1:
-            return
-        own: Any = metrics.get(self._metric_key)
-        number = float(own) if isinstance(own, numbers.Real) or getattr(own, "ndim", None) == 0 else None
-        agreed = from_first(number, args.device)
-        if agreed == number or (
-            agreed is not None and number is not None and math.isnan(agreed) and math.isnan(number)
-        ):
-            return
-        logger.warning(
-            "`metric` %r differs between ranks: rank 0 has %s, rank %s has %s. Rank 0's value decides on all of them; "
-            "have `compute_metrics` return the same on every rank.",
-            self._metric_key,
-            agreed,
-            args.process_index,
-            own,
+    def _new_store(self, model: Any, optimizer: Any) -> AnchorStore:
+        return AnchorStore(
+            model,
+            optimizer,
+            scope=self.config.scope,
+            optimizer_state=self.config.optimizer_state,
+            storage=self.config.storage,
         )
-        if agreed is None:
-            metrics.pop(self._metric_key, None)
-        else:
-            metrics[self._metric_key] = agreed
+
+    def _progress(self, run: _Run, args: TrainingArguments) -> Progress:
+        return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size)
 
     def _move_anchor(self, state: TrainerState) -> None:
         distance = None
@@ -297,89 +243,6 @@ class StochasticResetCallback(TrainerCallback):
         self.events.append(record)
         state.log_history.append(dict(record))
 
-    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        trail = reset_records(state.log_history)
-        directory, self.resume_from_checkpoint = self.resume_from_checkpoint, None
-        directory = directory or Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        self.events = trail
-        if not trail:
-            return  # no anchor yet, or a run that began without this callback
-        file = self._file_in(directory, args)
-        with together():
-            refuse_other_world_size(directory, args.world_size)
-            self._refuse_no_file(file)
-        if self.store is not None and self.store.layout == "rows":
-            metadata = self.store.load(file)  # a collective, whose errors are common already
-        else:
-            with together():
-                metadata = read_metadata(file) if self.store is None else self.store.load(file)
-        with together():
-            self._take_up(file, metadata, args)  # pyright: ignore[reportPossiblyUnboundVariable]
-
-    def _refuse_no_file(self, file: Path) -> None:
-        if not file.exists():
-            raise AnchorFileError(
-                f"The run being resumed had an anchor, and there is no {str(file)!r}. If the checkpoint lies "
-                "elsewhere, name it: `StochasticResetCallback(..., resume_from_checkpoint=...)`, or use "
-                "`ResetTrainer`, which knows. If the run was killed between the checkpoint and its anchor, resume "
-                "from the one before: `hf_reset.last_whole_checkpoint(output_dir)`."
-            )
-
-    def _take_up(self, file: Path, metadata: dict[str, Any], args: TrainingArguments) -> None:
-        if metadata.get("trail") != _trail_digest(self.events):
-            raise AnchorFileError(
-                f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "
-                "records of resets differ. If the checkpoint lies elsewhere, name it: "
-                "`StochasticResetCallback(..., resume_from_checkpoint=...)`, or use `ResetTrainer`, which knows."
-            )
-        if metadata["seed"] != self._seed:
-            logger.warning(
-                "Resuming with reset seed %s; the checkpoint was written with %s. Set `seed` to that to repeat it.",
-                self._seed,
-                metadata["seed"],
-            )
-        before = metadata["world_size"]
-        if before != args.world_size and self._metric_key.endswith("loss"):
-            logger.warning(
-                "Resuming with %s processes a run of %s. Where a model's loss ignores `num_items_in_batch`, Trainer "
-                "scales it by their number, so that %r and its best value may not be comparable. Choose another "
-                "`metric`, such as an accuracy, or start from the weights alone.",
-                args.world_size,
-                before,
-                self._metric_key,
-            )
-        self.reset_state = ResetState.from_plain(metadata["state"])
-
-    def _file_in(self, directory: str | Path, args: TrainingArguments) -> Path:
-        return anchor_file(
-            directory,
-            "whole" if self.store is None else self.store.layout,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
-
-    def _note_absence(self, metrics: dict[str, Any]) -> None:
-        """One data set's results lack the metric: an error, unless another of a dict of them may have it."""
-        present = {name for name, value in metrics.items() if isinstance(value, (int, float)) and name != "epoch"}
-        self._unseen |= present
-        if "eval_runtime" in metrics:  # the results of the one and only evaluation set
-            self._refuse_unseen_metric()
-
-    def _refuse_unseen_metric(self) -> None:
-        if self._seen or not self._is_training or not self._unseen:
-            return
-        raise MetricError(
-            f"`metric` {self._metric_key!r} is not among the evaluation's results, which are "
-            f"{', '.join(sorted(self._unseen))}. Set `metric` to one of them, or have `compute_metrics` return it."
-        )
-
-    def _refuse_no_evaluation(self, args: TrainingArguments) -> None:
-        if args.eval_strategy == "no":
-            raise MetricError(
-                f'`eval_strategy` is "no", so no evaluation can choose an anchor by {self._metric_key!r}. Set '
-                '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
-            )
-
     def _refuse_second_callback(self, state: TrainerState) -> None:
         other = getattr(state, "_stochastic_reset_callback", self)
         if other is not self:
@@ -390,20 +253,54 @@ class StochasticResetCallback(TrainerCallback):
         state._stochastic_reset_callback = self  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def metric_key(config: ResetConfig, args: TrainingArguments) -> str:
-    """The evaluation result that chooses anchors, with its "eval_" prefix."""
-    name = config.metric or args.metric_for_best_model or "loss"
-    return name if name.startswith("eval_") else f"eval_{name}"
+@dataclass
+class _Run:
+    """One call of `train()`, from its beginning to its end.
+
+    Attributes:
+        watch: the metric that chooses anchors.
+        seed: of the draws.
+        observed_step: steps done at the last evaluation taken in.
+        saved_step: steps done at the last save of the anchor.
+        seen: whether an evaluation since the last step had the metric.
+        unseen: results of the evaluations since then that lacked it.
+        ended: whether training is over, and further evaluations are none of its own.
+    """
+
+    watch: MetricWatch
+    seed: int
+    observed_step: int = -1
+    saved_step: int = -1
+    seen: bool = False
+    unseen: set[str] = field(default_factory=set)
+    ended: bool = False
+
+    def begin_step(self) -> None:
+        """Evaluations are complete; the next belong to another step."""
+        self.unseen, self.seen = set(), False
+
+    def note_absence(self, metrics: dict[str, Any]) -> None:
+        """One data set's results lack the metric: an error, unless another of a dict of them may have it."""
+        self.unseen |= {name for name, value in metrics.items() if isinstance(value, numbers.Real) and name != "epoch"}
+        if "eval_runtime" in metrics:  # the results of the one and only evaluation set
+            self.refuse_unseen_metric()
+
+    def refuse_unseen_metric(self) -> None:
+        """An error once the evaluations since the last step are complete, and none had the metric."""
+        if self.seen or not self.unseen:
+            return
+        raise MetricError(
+            f"`metric` {self.watch.key!r} is not among the evaluation's results, which are "
+            f"{', '.join(sorted(self.unseen))}. Set `metric` to one of them, or have `compute_metrics` return it."
+        )
 
 
-def greater_is_better(config: ResetConfig, args: TrainingArguments) -> bool:
-    """The metric's direction: as configured, else the Trainer's where it is its metric, else by name."""
-    if config.greater_is_better is not None:
-        return config.greater_is_better
-    key = metric_key(config, args)
-    if args.greater_is_better is not None and key == metric_key(ResetConfig(), args):
-        return args.greater_is_better
-    return not key.endswith("loss")
+def _refuse_no_evaluation(watch: MetricWatch, args: TrainingArguments) -> None:
+    if args.eval_strategy == "no":
+        raise MetricError(
+            f'`eval_strategy` is "no", so no evaluation can choose an anchor by {watch.key!r}. Set '
+            '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
+        )
 
 
 def _configured(config: ResetConfig | None, given: dict[str, Any]) -> ResetConfig:
@@ -422,19 +319,3 @@ def _configured(config: ResetConfig | None, given: dict[str, Any]) -> ResetConfi
             f"`config` and the field `{next(iter(given))}` were both given. Put the field into the ResetConfig."
         )
     return config
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise MetricError(
-            f"`metric` {name!r} must be a number, and the evaluation gave {value!r}. Return a float from "
-            "`compute_metrics`."
-        ) from None
-
-
-def _trail_digest(events: list[dict[str, Any]]) -> str:
-    """A fingerprint of a run's audit trail, equal on all ranks (distances of shards are not)."""
-    trail = json.dumps([[event["kind"], event["step"], event["metric"]] for event in events])
-    return hashlib.blake2b(trail.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Where an anchor lies inside a checkpoint directory, and which checkpoints are whole.
+"""The anchor in a checkpoint: saved, found, and taken up again; and which checkpoints are whole.
 
 Trainer writes `trainer_state.json` last and not atomically, and other ranks may still be writing then. A run
 killed at any moment therefore leaves, at worst, one directory that is not whole; the one before it is.
@@ -6,22 +6,200 @@ killed at any moment therefore leaves, at worst, one directory that is not whole
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 import zipfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError
+from hf_reset.policy import ResetConfig, ResetState
 
 if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
     from hf_reset.anchor.shards import Layout
+    from hf_reset.anchor.store import AnchorStore
+    from hf_reset.training.metric import MetricWatch
+
+logger = logging.getLogger(__name__)
 
 _DIRECTORY = re.compile(r"checkpoint-(\d+)")
 _DISTRIBUTED = "reset_anchor"
 _SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run as a checkpoint keeps it: what has happened, and what it was configured to do.
+
+    Attributes:
+        state: what has happened so far.
+        events: the audit trail, one record a reset or an anchor move.
+        config: the configuration.
+        watch: the metric that chooses anchors.
+        seed: of the draws.
+        world_size: number of processes.
+    """
+
+    state: ResetState
+    events: list[dict[str, Any]]
+    config: ResetConfig
+    watch: MetricWatch
+    seed: int
+    world_size: int
+
+    def metadata(self) -> dict[str, Any]:
+        """What is written beside the anchor."""
+        return {
+            "state": asdict(self.state),
+            "trail": _trail_digest(self.events),
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "config": asdict(self.config),
+        }
+
+
+def saved_into(args: TrainingArguments, state: TrainerState, store: AnchorStore | None) -> Path | None:
+    """The checkpoint that Trainer has just written, as far as a callback can tell; None, and said, where it cannot."""
+    directory = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+    if all(gathered(directory.is_dir() or not _writes(args, store))):
+        return directory
+    logger.warning(
+        "The anchor was not saved: there is no %s. A hyperparameter search writes elsewhere; use ResetTrainer "
+        "there to be able to resume.",
+        directory,
+    )
+    return None
+
+
+def save_progress(
+    directory: str | Path, store: AnchorStore | None, progress: Progress, args: TrainingArguments
+) -> None:
+    """Write the anchor and the progress into a checkpoint directory, whole or not at all. All ranks call it."""
+    file = _file_in(directory, store, args)
+    if store is not None and store.layout == "rows":  # a collective, whose errors are common already
+        store.save(file, progress.metadata())
+        return
+    with together():
+        if not _writes(args, store):
+            return
+        if store is not None:
+            store.save(file, progress.metadata())
+        else:  # nothing is kept, but the audit trail goes on after a resume
+            from hf_reset.anchor.file import write_copy  # torch, which a look at other checkpoints does without
+
+            write_copy(file, {}, {"metadata": json.dumps(progress.metadata())})
+
+
+def take_up(
+    directory: str | Path | None,
+    store: AnchorStore | None,
+    now: Progress,
+    args: TrainingArguments,
+    state: TrainerState,
+) -> Progress:
+    """Load the anchor of the checkpoint that Trainer has just loaded. All ranks call it.
+
+    Args:
+        directory: where it lies; None: under its number in `output_dir`.
+        store: takes the anchor; None where none is kept.
+        now: the run as it is configured now.
+        args: the Trainer's arguments.
+        state: the Trainer's state, as it was saved.
+
+    Returns:
+        The run as it was then, where it had an anchor; else `now`.
+
+    Raises:
+        AnchorFileError: the anchor is missing, or belongs to another run, model or scope.
+    """
+    events = reset_records(state.log_history)
+    if not events:
+        return now  # no anchor yet, or a run that began without resets
+    directory = directory or Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+    file = _file_in(directory, store, args)
+    with together():
+        refuse_other_world_size(directory, args.world_size)
+        _refuse_no_file(file)
+    metadata = _load(file, store)
+    with together():
+        if metadata.get("trail") != _trail_digest(events):
+            raise AnchorFileError(
+                f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "
+                "records of resets differ. If the checkpoint lies elsewhere, name it: "
+                "`StochasticResetCallback(..., resume_from_checkpoint=...)`, or use `ResetTrainer`, which knows."
+            )
+    _say_changes(metadata, now)
+    return replace(now, state=ResetState.from_plain(metadata["state"]), events=events)
+
+
+def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:
+    if store is not None and store.layout == "rows":  # a collective, whose errors are common already
+        return store.load(file)
+    metadata: dict[str, Any] = {}
+    with together():
+        if store is not None:
+            metadata = store.load(file)
+        else:
+            from hf_reset.anchor.file import read_metadata
+
+            metadata = read_metadata(file)
+    return metadata
+
+
+def _say_changes(before: dict[str, Any], now: Progress) -> None:
+    if before["seed"] != now.seed:
+        logger.warning(
+            "Resuming with reset seed %s; the checkpoint was written with %s. Set `seed` to that to repeat it.",
+            now.seed,
+            before["seed"],
+        )
+    if before["world_size"] != now.world_size and now.watch.key.endswith("loss"):
+        logger.warning(
+            "Resuming with %s processes a run of %s. Where a model's loss ignores `num_items_in_batch`, Trainer "
+            "scales it by their number, so that %r and its best value may not be comparable. Choose another "
+            "`metric`, such as an accuracy, or start from the weights alone.",
+            now.world_size,
+            before["world_size"],
+            now.watch.key,
+        )
+
+
+def _refuse_no_file(file: Path) -> None:
+    if not file.exists():
+        raise AnchorFileError(
+            f"The run being resumed had an anchor, and there is no {str(file)!r}. If the checkpoint lies "
+            "elsewhere, name it: `StochasticResetCallback(..., resume_from_checkpoint=...)`, or use "
+            "`ResetTrainer`, which knows. If the run was killed between the checkpoint and its anchor, resume "
+            "from the one before: `hf_reset.last_whole_checkpoint(output_dir)`."
+        )
+
+
+def _trail_digest(events: list[dict[str, Any]]) -> str:
+    """A fingerprint of a run's audit trail, equal on all ranks (distances of shards are not)."""
+    trail = json.dumps([[event["kind"], event["step"], event["metric"]] for event in events])
+    return hashlib.blake2b(trail.encode(), digest_size=16).hexdigest()
+
+
+def _writes(args: TrainingArguments, store: AnchorStore | None) -> bool:
+    """Whether this rank writes an anchor file, or its part of one."""
+    return args.should_save or (store is not None and store.layout != "whole")
+
+
+def _file_in(directory: str | Path, store: AnchorStore | None, args: TrainingArguments) -> Path:
+    return anchor_file(
+        directory,
+        "whole" if store is None else store.layout,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
 
 
 def anchor_file(directory: str | Path, layout: Layout = "whole", *, rank: int = 0, world_size: int = 1) -> Path:

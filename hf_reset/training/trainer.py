@@ -4,7 +4,7 @@ forward and backward for a step whose outcome a reset discards."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,19 @@ from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.resume import last_whole_checkpoint, refuse_other_world_size
 
+# The mixin stands in front of any Trainer; for the type checker it is one.
+_Base = Trainer if TYPE_CHECKING else object
 
-class ResetTrainerMixin:
+# What is overridden beyond Trainer's documented methods, and why nothing public would do.
+PRIVATE_HOOKS = {
+    "_run_epoch": "a run resumed from its very last step would take one step more",
+    "_save_checkpoint": "a directory written before must not pass for whole while it is written again",
+    "_save_rng_state": "the last call on every rank before `trainer_state.json`, which seals a checkpoint",
+    "_load_optimizer_and_scheduler": "the only call that is told the checkpoint's directory",
+}
+
+
+class ResetTrainerMixin(_Base):
     """Put in front of any Trainer: `class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer): pass`.
 
     The configuration comes from the `reset_*` fields of the arguments (`ResetTrainingArguments`, or
@@ -40,14 +51,17 @@ class ResetTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(self.args, ResetArguments):  # pyright: ignore[reportAttributeAccessIssue]
+        self._discarded_step: int | None = None
+        self._discarded_loss = torch.tensor(0.0)
+        if isinstance(self.args, ResetArguments):
             if self.reset_callback is not None:
                 raise ConfigError(
                     "`callbacks` has a StochasticResetCallback and `args` has `reset_*` fields, so two would reset. "
                     "Pass one: plain TrainingArguments with the callback, or ResetTrainingArguments without."
                 )
-            self.add_callback(StochasticResetCallback(self.args.reset_config()))  # pyright: ignore
-            loss = self.args.loss_func(self.model)  # pyright: ignore[reportAttributeAccessIssue]
+            self.add_callback(StochasticResetCallback(self.args.reset_config()))
+            assert self.model is not None  # Trainer is not made without one
+            loss = self.args.loss_func(self.model)
             if loss is not None:
                 # Set here, since SFTTrainer deprecates the constructor's argument.
                 self.compute_loss_func = loss
@@ -55,59 +69,78 @@ class ResetTrainerMixin:
     @property
     def reset_callback(self) -> StochasticResetCallback | None:
         """The callback at work in this Trainer."""
-        callbacks = self.callback_handler.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StochasticResetCallback)), None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`."""
         if self.reset_callback is None:
-            self.add_callback(StochasticResetCallback())  # pyright: ignore[reportAttributeAccessIssue]
-        own: Any = self.args  # pyright: ignore[reportAttributeAccessIssue]
+            self.add_callback(StochasticResetCallback())
         if resume_from_checkpoint is True:
-            found = gathered(last_whole_checkpoint(own.output_dir, world_size=own.world_size))
-            # Disks of several machines may hold different ones: the oldest is whole wherever it still is.
-            resume_from_checkpoint = None if None in found else min(found, key=lambda path: int(path.split("-")[-1]))
-            if resume_from_checkpoint is None:
-                raise AnchorFileError(
-                    f"`resume_from_checkpoint=True`, and there is no whole checkpoint in `output_dir` "
-                    f"{own.output_dir!r}. Name a checkpoint directory, or start without it."
-                )
+            resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):
             with together():  # before DeepSpeed meets its own shares of another world size
-                refuse_other_world_size(resume_from_checkpoint, own.world_size)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # pyright: ignore
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is left to do for a run resumed from its last step; Trainer would take one step more."""
-        own: Any = self
-        if own.state.global_step >= own.state.max_steps:
-            own.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+                refuse_other_world_size(resume_from_checkpoint, self.args.world_size)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
             return self._running_loss()
-        return super().training_step(model, inputs, *args, **kwargs)  # pyright: ignore
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the reset figures beside the training loss."""
-        callback = self.reset_callback
-        if callback is not None and ("loss" in logs or "train_loss" in logs):
-            logs.update(callback.report(self.state.global_step))  # pyright: ignore
-        super().log(logs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.reset_callback is not None and ("loss" in logs or "train_loss" in logs):
+            logs.update(self.reset_callback.report(self.state.global_step))
+        super().log(logs, *args, **kwargs)
+
+    # Of Trainer's own, see `PRIVATE_HOOKS`.
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (directory / "trainer_state.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.reset_callback is not None:
+            self.reset_callback.save_anchor(output_dir, self.args, self.state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.reset_callback is not None and checkpoint is not None:
+            self.reset_callback.resume_from_checkpoint = checkpoint
+
+    # Steps of the above.
+
+    def _newest_whole_checkpoint(self) -> str:
+        found = gathered(last_whole_checkpoint(self.args.output_dir or "", world_size=self.args.world_size))
+        if None in found:
+            raise AnchorFileError(
+                f"`resume_from_checkpoint=True`, and there is no whole checkpoint in `output_dir` "
+                f"{self.args.output_dir!r}. Name a checkpoint directory, or start without it."
+            )
+        # Disks of several machines may hold different ones: the oldest is whole wherever it still is.
+        return min(found, key=lambda path: int(path.split("-")[-1]))
 
     def _discards_step(self) -> bool:
-        callback, accelerator = self.reset_callback, self.accelerator  # pyright: ignore
+        callback = self.reset_callback
         return (
             callback is not None
-            and callback.resets_at(self.state.global_step)  # pyright: ignore[reportAttributeAccessIssue]
+            and callback.resets_at(self.state.global_step)
             and callback.store is not None
             and callback.store.is_full
             and callback.config.optimizer_state != "keep"
-            and accelerator.scaler is None
-            and not self.is_deepspeed_enabled  # pyright: ignore[reportAttributeAccessIssue]
+            and self.accelerator.scaler is None
+            and not self.is_deepspeed_enabled
             and callback.store.layout != "flat"  # FSDP1 wants its backward
         )
 
@@ -116,33 +149,14 @@ class ResetTrainerMixin:
 
         Right after a log, the loss logged then. Both are the same after a resume.
         """
-        own: Any = self
-        step = own.state.global_step
-        if getattr(self, "_discarded_step", None) != step:  # once a step, whatever the accumulation
-            since = step - own._globalstep_last_logged
-            logged = (record["loss"] for record in reversed(own.state.log_history) if "loss" in record)
-            mean = own._tr_loss / since if since > 0 else torch.tensor(next(logged, 0.0), device=own._tr_loss.device)
+        step = self.state.global_step
+        if self._discarded_step != step:  # once a step, whatever the accumulation
+            since = step - self._globalstep_last_logged
+            logged = (record["loss"] for record in reversed(self.state.log_history) if "loss" in record)
+            device = self._tr_loss.device
+            mean = self._tr_loss / since if since > 0 else torch.tensor(next(logged, 0.0), device=device)
             self._discarded_step, self._discarded_loss = step, mean.detach().clone()
-        return self._discarded_loss / max(1, own.current_gradient_accumulation_steps)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """A directory written before is not whole while it is being written again."""
-        own: Any = self
-        directory = Path(own._get_output_dir(trial)) / f"checkpoint-{own.state.global_step}"
-        if own.args.should_save:
-            (directory / "trainer_state.json").unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial, *args, **kwargs)  # pyright: ignore
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The anchor goes in with the random states: on every rank, before `trainer_state.json` seals it."""
-        super()._save_rng_state(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.reset_callback is not None:
-            self.reset_callback.save_anchor(output_dir, self.args, self.state)  # pyright: ignore
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
-        if self.reset_callback is not None and checkpoint is not None:
-            self.reset_callback.resume_from_checkpoint = checkpoint
+        return self._discarded_loss / max(1, self.current_gradient_accumulation_steps)
 
 
 class ResetTrainer(ResetTrainerMixin, Trainer):

@@ -188,11 +188,11 @@ def taken_up(mode, folder: Path):
     """Go on from a checkpoint of four processes."""
     said, handler = [], logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("hf_reset.training.callback").addHandler(handler)
+    logging.getLogger("hf_reset.training.resume").addHandler(handler)
     taken = Taken()
     taken.trainer = trainer = trainer_for(folder, mode, max_steps=9, callbacks=[taken])
     trainer.train(resume_from_checkpoint=str(Path(os.environ["OF_FOUR"]) / f"{mode}-saved" / "checkpoint-6"))
-    logging.getLogger("hf_reset.training.callback").removeHandler(handler)
+    logging.getLogger("hf_reset.training.resume").removeHandler(handler)
     return {"anchor": taken.anchor, "trail": trail(trainer), "said": said, "end": whole(trainer.model)}
 
 

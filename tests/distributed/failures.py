@@ -13,7 +13,8 @@ import torch
 from engines import trainer_for
 from worker import RANK, fsdp_on_cpu, raised, run_checks, trail, whole
 
-from hf_reset import StochasticResetCallback
+from hf_reset import ResetConfig, StochasticResetCallback
+from hf_reset.training.best_weights import BestWeightsCallback
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
 
@@ -24,13 +25,13 @@ class Heard(logging.Handler):
     def __init__(self):
         super().__init__(logging.WARNING)
         self.said = []
-        logging.getLogger("hf_reset.training.callback").addHandler(self)
+        logging.getLogger("hf_reset.training.metric").addHandler(self)
 
     def emit(self, record):
         self.said.append(record.getMessage())
 
     def stop(self):
-        logging.getLogger("hf_reset.training.callback").removeHandler(self)
+        logging.getLogger("hf_reset.training.metric").removeHandler(self)
         return self.said
 
 
@@ -53,6 +54,25 @@ def differing_metric(folder: Path):
         "best": trainer.state.best_metric,
         "end": whole(trainer.model),
     }
+
+
+def best_weights(folder: Path):
+    """The best weights are kept in a file that takes all ranks to write, and `compute_metrics` differs by rank.
+
+    The callback comes before the one that resets, which `ResetTrainer` adds last.
+    """
+    calls = []
+
+    def metrics(_):
+        calls.append(None)
+        return {"score": float(len(calls)) * (1 if RANK == 0 else -1)}
+
+    best = BestWeightsCallback(ResetConfig(metric="score"), path=folder / "best")
+    trainer = trainer_for(folder, "fsdp", metrics=metrics, callbacks=[best], reset_metric="score", reset_finish="last")
+    trainer.train()
+    with best.swapped():
+        kept = whole(trainer.model)
+    return {"best": best.best, "step": best.step, "kept": kept, "end": whole(trainer.model)}
 
 
 def absent_on_first(folder: Path):
@@ -150,7 +170,7 @@ def plain_callback(folder: Path):
 
 def checks():
     each = {"differing-metric": differing_metric, "absent-on-first": absent_on_first, "refused-on-one": refused_on_one}
-    each |= {"unseen-by-one": unseen_by_one, "plain-callback": plain_callback}
+    each |= {"unseen-by-one": unseen_by_one, "plain-callback": plain_callback, "best-weights": best_weights}
     for mode in ("ddp", "fsdp"):
         each[f"missing-{mode}"] = partial(missing, mode)
         if "SMALL_DISK" in os.environ:

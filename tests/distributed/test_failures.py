@@ -45,6 +45,15 @@ def test_a_metric_that_differs_between_ranks_is_decided_by_rank_0_and_said(ranks
     assert "rank 1 has nan" in second["said"][2]
 
 
+def test_best_weights_are_those_of_rank_0s_metric_and_no_rank_waits_for_another(ranks):
+    """Ranks that each went by their own metric would meet in different collectives, and wait for ever."""
+    first, second = found(ranks, "best-weights")
+    assert first["best"] == second["best"] == 5.0
+    assert first["step"] == second["step"] == 15
+    for run in (first, second):
+        assert all(torch.equal(run["kept"][name], first["end"][name]) for name in first["end"])
+
+
 def test_a_metric_that_rank_0_lacks_is_an_error_on_both(ranks):
     for run in found(ranks, "absent-on-first"):
         assert run["kind"] == "MetricError"
