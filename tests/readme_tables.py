@@ -7,25 +7,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from hf_reset.report.tables import Column, markdown_table, summary_table
+from hf_reset.report import classification, instructions
+from hf_reset.report.results import read_results
+from hf_reset.report.tables import markdown_table, summary_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 # With what was drawn before, up to the end mark, and never across the next table's mark.
 _BLOCK = re.compile(r"<!-- table: (\w+) -->\n(?:(?:(?!<!-- table:).)*?<!-- end -->\n)?", re.DOTALL)
-
-TEXT = [
-    Column("test_accuracy_last", "clean test accuracy, last"),
-    Column("test_accuracy_best", "clean test accuracy, best"),
-    Column("label_memory", "wrong labels memorised", digits=2),
-    Column("resets", "resets", digits=0),
-]
-INSTRUCTION = [
-    Column("test_loss_last", "clean test loss, last"),
-    Column("test_loss_best", "clean test loss, best"),
-    Column("response_memory_last", "memory of wrong responses"),
-    Column("resets", "resets", digits=0),
-]
 
 
 def render(readme: str) -> str:
@@ -35,12 +24,14 @@ def render(readme: str) -> str:
 
 def table(name: str) -> str:
     """The table of one result file."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    path = RESULTS / f"{name}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":
         return _overhead(result)
     if result.get("benchmark") == "survival":
         return _survival(result)
-    return summary_table(result["records"], TEXT if result["recipe"] == "text_classification" else INSTRUCTION)
+    columns = {"text_classification": classification.README_COLUMNS, "instruction_tuning": instructions.README_COLUMNS}
+    return summary_table(read_results(path)["records"], columns[result["recipe"]])
 
 
 def _overhead(result: dict) -> str:

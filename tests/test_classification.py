@@ -4,7 +4,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.study.classification import Columns, prepare_classification
+from hf_reset.study.classification import prepare_classification
+from hf_reset.study.columns import Columns
 
 NAMES = ["cat", "dog", "owl"]
 

@@ -17,7 +17,7 @@ import yaml
 from hf_reset import ResetTrainingArguments
 from hf_reset.errors import ConfigError, DataError, MetricError
 from hf_reset.report.results import read_results
-from hf_reset.study.runs import parse_recipe
+from hf_reset.study.options import parse_recipe
 from hf_reset.training.resume import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def test_both_arms_and_seeds_are_recorded_with_the_agreed_keys(study):
         ("reset", 1),
     ]
     for record in results["records"]:
-        for key in ("test_accuracy_last", "test_accuracy_best", "label_memory"):
+        for key in ("test_accuracy_last", "test_accuracy_best", "label_memory_last"):
             assert 0 <= record[key] <= 1
         assert record["train_seconds"] > 0
         assert record["peak_memory_bytes"] > 2**20
@@ -152,7 +152,7 @@ def test_a_study_is_taken_up_where_it_stopped(files, study, tmp_path, capsys):
     again = options(files, tmp_path, compare=True, seeds=[0, 1], noise_rate=0.4, resume_from_checkpoint="last")
     recipe.main(again)
     assert capsys.readouterr().out.count("recorded already") == 3
-    same = ("test_accuracy_last", "label_memory", "reset_steps", "history")
+    same = ("test_accuracy_last", "label_memory_last", "reset_steps", "history")
     expected, got = read_results(study)["records"][3], read_results(tmp_path)["records"][3]
     assert [got[key] for key in same] == [expected[key] for key in same]
 
@@ -176,7 +176,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(files, tmp_path, monkeypatch, p
     (folder / "checkpoint-12" / "trainer_state.json").unlink()  # killed while it was being written
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-8")
     cut = recipe.run(options(files, tmp_path / "cut", **saving, resume_from_checkpoint="last"))["records"][0]
-    same = ("test_accuracy_last", "test_accuracy_best", "label_memory", "reset_steps", "history", "best_step")
+    same = ("test_accuracy_last", "test_accuracy_best", "label_memory_last", "reset_steps", "history", "best_step")
     assert [cut[key] for key in same] == [whole[key] for key in same]
 
 
@@ -196,7 +196,7 @@ def test_trusted_validation_is_said(files, tmp_path):
 
 def test_labels_as_given_have_no_memory_to_show(files, tmp_path):
     record = recipe.run(options(files, tmp_path, max_steps=4))["records"][0]
-    assert record["label_memory"] is None
+    assert record["label_memory_last"] is None
     assert "label_memory" not in record["history"]
 
 

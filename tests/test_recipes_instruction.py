@@ -137,7 +137,7 @@ def test_plain_beside_reset_from_end_to_end(folder, tmp_path, capsys):
 def test_the_saved_adapter_is_the_best_one_and_loads_by_itself(folder, tmp_path):
     from hf_reset.diagnostics.responses import response_scores
     from hf_reset.study.instructions import encode, prepare_instructions
-    from hf_reset.study.runs import load_file
+    from hf_reset.study.splits import load_file
 
     recipe.run(options(folder, tmp_path))
     record = read_results(tmp_path)["records"][0]
@@ -316,7 +316,7 @@ def test_rows_left_out_and_cut_are_in_the_report(folder, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_parse_and_explain_themselves(path):
-    from hf_reset.study.runs import parse_recipe
+    from hf_reset.study.options import parse_recipe
 
     argv = [f"--config={path}", "--use_cpu=true"]
     parsed, training, _ = parse_recipe([recipe.InstructionTuningArguments, recipe.arguments_class(argv)], argv)
@@ -330,7 +330,7 @@ def test_configs_parse_and_explain_themselves(path):
 def test_every_command_of_the_readme_parses():
     from accelerate.commands.launch import launch_command_parser
 
-    from hf_reset.study.runs import parse_recipe
+    from hf_reset.study.options import parse_recipe
 
     blocks = re.findall(r"```bash\n(.*?)```", (FOLDER / "README.md").read_text(), flags=re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if "train.py" in line]

@@ -9,15 +9,13 @@ import pytest
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.report.classification import chosen_by, reading
-from hf_reset.report.plots import Panel, plot_runs
+from hf_reset.report.environment import environment_record, peak_memory_bytes, reset_peak_memory
+from hf_reset.report.plots import Panel, arm_styles, plot_runs
 from hf_reset.report.results import (
     Results,
     check_output_dir,
-    environment_record,
-    peak_memory_bytes,
     plain,
     read_results,
-    reset_peak_memory,
     series,
 )
 from hf_reset.report.tables import Column, markdown_report, markdown_table, mean_and_sd, summary_table
@@ -26,7 +24,15 @@ from hf_reset.report.tables import Column, markdown_report, markdown_table, mean
 def record(arm, seed, **more):
     history = {"validation_loss": [[0, 2.0], [10, 1.0 + seed / 10]]}
     steps = [4, 7] if arm == "reset" else []
-    return {"arm": arm, "seed": seed, "accuracy": 0.5 + seed / 10, "history": history, "reset_steps": steps, **more}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": 0.5 + seed / 10,
+        "can_reset": arm == "reset",
+        "history": history,
+        "reset_steps": steps,
+        **more,
+    }
 
 
 def results_in(folder, **more):
@@ -98,6 +104,16 @@ def test_a_file_of_no_results_is_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(DataError, match=r"results\.json"):
         read_results(tmp_path)
+
+
+def test_records_of_the_first_version_come_in_todays_form(tmp_path):
+    """There an arm's name said whether it reset, and memory at the last step had no suffix."""
+    old = [{"arm": "plain", "seed": 0, "label_memory": 0.8, "resets": 0}]
+    old += [{"arm": "reset", "seed": 0, "label_memory": 0.2, "resets": 0}]
+    (tmp_path / "results.json").write_text(json.dumps({"configuration": {}, "records": old}))
+    records = read_results(tmp_path)["records"]
+    assert [record["can_reset"] for record in records] == [False, True]
+    assert [record["label_memory_last"] for record in records] == [0.8, 0.2]
 
 
 def test_plain_makes_json_of_what_runs_hold():
@@ -189,6 +205,14 @@ def test_the_figure_shows_arms_seeds_resets_and_skips_empty_panels(tmp_path):
     assert "<!-- n -->" not in drawn
 
 
+def test_any_number_of_arms_is_told_apart_and_none_by_its_name():
+    named = [record(f"arm {n}", 0, can_reset=n % 2 == 0) for n in range(6)]
+    styles = arm_styles(named)
+    assert len(set(styles.values())) == 6
+    others = arm_styles([{**one, "arm": one["arm"].upper()} for one in named])
+    assert list(others.values()) == list(styles.values())
+
+
 def test_no_curve_no_figure(tmp_path):
     with pytest.raises(DataError, match="no record has a curve"):
         plot_runs([record("plain", 0)], [Panel("none", "n", "y")], tmp_path / "x.png")
@@ -196,7 +220,8 @@ def test_no_curve_no_figure(tmp_path):
 
 def test_matplotlib_and_torch_are_imported_only_when_needed():
     code = (
-        "import sys, hf_reset.report.plots, hf_reset.report.tables, hf_reset.report.results, hf_reset.study.runs; "
+        "import sys, hf_reset.report.plots, hf_reset.report.tables, hf_reset.report.results, hf_reset.study.runs, "
+        "hf_reset.report.environment, hf_reset.study.options, hf_reset.study.arms, hf_reset.study.splits; "
         "sys.exit(any(name in sys.modules for name in ('matplotlib', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

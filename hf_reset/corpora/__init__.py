@@ -4,7 +4,8 @@ In reading order:
 
 * `docstrings`: the documentation inside Python's standard library as text classification, instructions, plain text;
 * `tokenizers`: a small tokenizer trained on any texts;
-* `small_llama`: a small Llama, trained a little on plain text, so that adapters have something to adapt.
+* `small_llama`: a small Llama, trained a little on plain text, so that adapters have something to adapt;
+* `small_modernbert`: a small, untrained classifier, built from its config.
 
 Names load on first use.
 """

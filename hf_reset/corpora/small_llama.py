@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -103,6 +104,30 @@ def small_llama(
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return folder
+
+
+def kept_llama(
+    output_dir: str | Path,
+    texts: Sequence[str],
+    *,
+    use_cpu: bool = False,
+    say: Callable[[str], None] = print,
+    **settings: Any,
+) -> Path:
+    """`small_llama` in a folder named by texts and settings, so that a study trains it once and other settings anew.
+
+    Args:
+        output_dir: the folder goes into it.
+        texts: plain text.
+        use_cpu: see `small_llama`.
+        say: told when there is something to train.
+        settings: the other keywords of `small_llama`, but for its seed.
+    """
+    key = hashlib.blake2b(repr((settings, texts)).encode(), digest_size=4).hexdigest()
+    folder = Path(output_dir) / f"base-{key}"
+    if not folder.is_dir():
+        say(f"training the small Llama for {settings['steps']} steps on plain text, kept in {folder}")
+    return small_llama(folder, texts, use_cpu=use_cpu, **settings)
 
 
 def _save_whole(folder: Path, *saves: Callable[[Path], Any]) -> None:

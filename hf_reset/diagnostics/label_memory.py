@@ -35,17 +35,17 @@ _NEEDED = ("clean_label", "is_mislabelled")
 class LabelMemoryCallback(TrainerCallback):
     """Every k optimizer steps, see what the model predicts for training rows whose label is wrong.
 
-    Writes to ``state.log_history`` a record with ``step``, ``epoch`` and the shares of ``label_memory``:
+    Writes to `state.log_history` a record with `step`, `epoch` and the shares of `label_memory`:
     "memory/wrong" (the wrong label given in training), "memory/clean" (the true one), "memory/other". A callback cannot
-    reach ``Trainer.log``, so reporters such as TensorBoard do not get them; the history is saved with checkpoints.
+    reach `Trainer.log`, so reporters such as TensorBoard do not get them; the history is saved with checkpoints.
 
     The training goes on bit for bit as without it: predictions are made in evaluation mode without gradients, each
     module's mode is put back, and random generators are left as they were. Under a distributed run each rank
     predicts the same sample, so the histories agree, and sharded models can gather their weights together.
 
     Args:
-        dataset: The tokenized training rows, mislabelled or not, with ``labels`` or ``label`` as given in training,
-            ``clean_label`` and ``is_mislabelled`` (as ``corrupt_labels`` adds them). Columns that the model does not
+        dataset: The tokenized training rows, mislabelled or not, with `labels` or `label` as given in training,
+            `clean_label` and `is_mislabelled` (as `corrupt_labels` adds them). Columns that the model does not
             take are left out.
         every: k, in optimizer steps.
         sample: Number of mislabelled rows to watch; all of them where there are fewer.
@@ -55,7 +55,7 @@ class LabelMemoryCallback(TrainerCallback):
         batch_size: Rows predicted at once.
 
     Raises:
-        ConfigError: ``every``, ``sample`` or ``batch_size`` is below 1.
+        ConfigError: `every`, `sample` or `batch_size` is below 1.
         DataError: A column is missing, or no row is mislabelled.
     """
 
@@ -133,14 +133,14 @@ def _sample_mislabelled(dataset: Dataset, sample: int, seed: int) -> Dataset:
 
 def _default_collator(processing_class: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     has_padding = hasattr(processing_class, "pad")
-    return DataCollatorWithPadding(processing_class) if has_padding else default_data_collator  # type: ignore[return-value]
+    return DataCollatorWithPadding(processing_class) if has_padding else default_data_collator
 
 
 def _accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
     """The columns that the model's forward names, without labels (no loss is wanted)."""
-    inner = unwrapped(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
-    named = inspect.signature(base.forward).parameters  # type: ignore[union-attr]
+    inner: Any = unwrapped(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    named = inspect.signature(base.forward).parameters
     accepted = [name for name in columns if name in named and name not in (*_LABEL_COLUMNS, "label_ids")]
     if not accepted:
         raise DataError(

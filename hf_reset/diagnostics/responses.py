@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from hf_reset.diagnostics.modes import evaluation_mode
 from hf_reset.losses.robust import label_log_probability
 from hf_reset.noise.instructions import final_answer
-from hf_reset.study.instructions import IGNORED, prompt_text
+
+IGNORED = -100  # the label of a token that is no part of the response
 
 
 def response_scores(model: nn.Module, rows: Dataset, *, batch_size: int = 32) -> dict[str, float]:
@@ -21,11 +22,11 @@ def response_scores(model: nn.Module, rows: Dataset, *, batch_size: int = 32) ->
 
     Args:
         model: a causal language model; left in the mode (training or not) it is in.
-        rows: with ``input_ids`` and ``labels``, see ``hf_reset.study.instructions.encode``.
+        rows: with `input_ids` (prompt and response) and `labels` (the response's tokens, −100 elsewhere).
         batch_size: rows a forward pass; rows of like length go together.
 
     Returns:
-        ``loss``, in nats a token, and ``token_accuracy``, the share of tokens that are the likeliest.
+        `loss`, in nats a token, and `token_accuracy`, the share of tokens that are the likeliest.
     """
     loss, right, tokens = 0.0, 0, 0
     ids, labels = list(rows["input_ids"]), list(rows["labels"])
@@ -59,6 +60,11 @@ def response_memory(model: nn.Module, given: Dataset, clean: Dataset, *, batch_s
     """
     losses = [response_scores(model, rows, batch_size=batch_size)["loss"] for rows in (clean, given)]
     return losses[0] - losses[1]
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> str:
+    """The prompt as the model sees it by the tokenizer's chat template, up to where its response begins."""
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def generate_responses(
@@ -109,8 +115,8 @@ def generation_scores(responses: Sequence[str], references: Sequence[str]) -> di
         references: the clean responses, in the same order.
 
     Returns:
-        ``rouge_l``: mean F-measure of the longest common subsequence of words (Lin 2004), in [0, 1].
-        ``exact_match``: share with the reference's final number (``#### 42``), of the references that have
+        `rouge_l`: mean F-measure of the longest common subsequence of words (Lin 2004), in [0, 1].
+        `exact_match`: share with the reference's final number (`#### 42`), of the references that have
         one; None where none has.
     """
     from rouge_score.rouge_scorer import RougeScorer
@@ -129,7 +135,7 @@ def generation_scores(responses: Sequence[str], references: Sequence[str]) -> di
 class ResponseCurvesCallback(TrainerCallback):
     """At each evaluation, loss on clean responses and memory of wrong ones, into the log history.
 
-    Neither chooses anything. The entries' keys are ``clean_loss`` and ``response_memory``.
+    Neither chooses anything. The entries' keys are `clean_loss` and `response_memory`.
 
     Args:
         test: tokens of clean held-out responses.

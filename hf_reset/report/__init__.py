@@ -1,7 +1,9 @@
-"""What a recipe hands back: ``results.json``, a Markdown report, a figure. Shared by all recipes.
+"""What a recipe hands back: `results.json`, a Markdown report, a figure. In reading order:
 
-* :mod:`hf_reset.report.results`: the results file, the environment record, peak memory;
-* :mod:`hf_reset.report.tables`: tables of mean ± standard deviation, and the report around them;
-* :mod:`hf_reset.report.plots`: the figure (matplotlib is imported only when one is drawn);
-* :mod:`hf_reset.report.plan`: what `hf-reset plan` prints and draws.
+* `results`: the results file, the one source of all the others;
+* `environment`: where a run took place, and its peak memory;
+* `tables`: tables of mean ± standard deviation, and the report around them;
+* `plots`: the figure (matplotlib is imported only when one is drawn);
+* `classification` and `instructions`: the report of each recipe, with its columns and curves;
+* `plan`: what `hf-reset plan` prints and draws.
 """

@@ -9,37 +9,44 @@ from typing import Any
 from hf_reset.files import write_atomic
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import Results
-from hf_reset.report.tables import Column, markdown_report
+from hf_reset.report.tables import RESETS, Column, markdown_report, print_summary
 
 COLUMNS = (
-    Column("test_accuracy_last", "clean accuracy, last"),
-    Column("test_accuracy_best", "clean accuracy, best"),
+    Column("test_accuracy_last", "clean test accuracy, last"),
+    Column("test_accuracy_best", "clean test accuracy, best"),
     Column("test_macro_f1_last", "macro-F1, last"),
-    Column("label_memory", "wrong labels memorised"),
+    Column("label_memory_last", "wrong labels memorised", digits=2),
 )
+README_COLUMNS = (*(column for column in COLUMNS if column.key != "test_macro_f1_last"), RESETS)
+
+# Name of a curve in a record to its key in the log history.
+CURVES = {
+    "validation_loss": "eval_loss",
+    "validation_accuracy": "eval_accuracy",
+    "clean_accuracy": "eval_clean_accuracy",
+    "label_memory": "memory/wrong",
+}
 
 # How far agreement with validation's labels must exceed the share of them that is right, to be no accident.
 _MARGIN = 0.05
 
 
-def write_classification_report(
-    results: Results, *, title: str, label: str, validation_label: str | None, clean_known: bool
-) -> Path:
-    """Write ``report.md`` and ``curves.png`` beside ``results.json``.
+def write_report(results: Results) -> Path:
+    """Write `report.md` and `curves.png` beside `results.json`, and show the table.
 
     Args:
-        results: the study.
-        title: data and noise, in a line.
-        label: the column that training sees.
-        validation_label: the column that validation sees; None: the same.
-        clean_known: whether clean labels are known beside noisy ones.
+        results: the study; its configuration is that of the text-classification recipe.
 
     Returns:
         The report's path.
     """
-    trusted = validation_label not in (None, label)
-    kind = "trusted labels" if trusted else "noisy labels" if clean_known else "labels as given"
-    figure = plot_runs(results.records, _panels(kind, clean_known), results.path.with_name("curves.png"), title=title)
+    asked = results.configuration
+    label, validation_label = asked["label_column"], asked["validation_label_column"]
+    clean_known = noise_is_added(asked) or asked["clean_label_column"] is not None
+    kind = "noisy labels" if clean_known else "labels as given"
+    kind = "trusted labels" if validation_label not in (None, label) else kind
+    panels, title = _panels(kind, clean_known), title_of(asked)
+    figure = plot_runs(results.records, panels, results.path.with_name("curves.png"), title=title)
     report = markdown_report(
         results.as_dict(),
         COLUMNS,
@@ -48,14 +55,34 @@ def write_classification_report(
         figure=figure.name,
         sections={"Reading": reading(results.records), "What was measured": _MEASURED},
     )
-    return write_atomic(results.path.with_name("report.md"), report)
+    path = write_atomic(results.path.with_name("report.md"), report)
+    print_summary(results.records, COLUMNS)
+    print(f"{path} has the report, {results.path} every number.")
+    return path
+
+
+def noise_is_added(asked: Mapping[str, Any]) -> bool:
+    """Whether labels were made wrong on purpose, by the recipe's configuration."""
+    return asked["noise_rate"] > 0 or asked["noise_kind"] == "matrix"
+
+
+def title_of(asked: Mapping[str, Any]) -> str:
+    """Data and noise, in a line."""
+    data = asked["dataset_name"] or Path(asked["train_file"] or "Standard-library docstrings").name
+    noise = "labels as given"
+    if noise_is_added(asked):
+        rate = asked["noise_rate"]
+        noise = f"{rate:.0%} {asked['noise_kind']} label noise" if rate else "noise by matrix"
+    elif asked["clean_label_column"] is not None:
+        noise = f"real noise in {asked['label_column']}"
+    return f"{data}: {noise}"
 
 
 _MEASURED = (
     "The test was read once, after training: by the weights of the last step (those that training left, somewhere on "
-    "an excursion in the reset arm) and by the best evaluated ones. Memorised: the share of the mislabelled training "
-    "rows that the last weights give their wrong label back. The accuracy curve is on the clean labels behind the "
-    "validation rows, where they are known; it is there to be looked at and chose nothing."
+    "an excursion where resets were on) and by the best evaluated ones. Memorised: the share of the mislabelled "
+    "training rows that the last weights give their wrong label back. The accuracy curve is on the clean labels behind "
+    "the validation rows, where they are known; it is there to be looked at and chose nothing."
 )
 
 
@@ -77,7 +104,7 @@ def reading(records: Sequence[Mapping[str, Any]]) -> str:
     clearly more often has learnt the mistakes themselves: then they are systematic.
     """
     lines = []
-    resets = [record["resets"] for record in records if record["arm"] == "reset"]
+    resets = [record["resets"] for record in records if record["can_reset"]]
     if resets and max(resets) == 0:
         lines.append(
             "Resets never began: validation went on improving to the end. The run was too short to overfit, or the "

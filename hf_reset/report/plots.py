@@ -1,7 +1,7 @@
-"""The figure of a study: a row of panels, plain against reset arms, thin lines for seeds and their mean.
+"""The figure of a study: a row of panels, its arms against one another, thin lines for seeds and their mean.
 
-A record brings its curves along: ``record["history"]`` maps a series' name to ``[[step, value], …]`` and
-``record["reset_steps"]`` lists the steps at which a reset happened. matplotlib is imported only when a figure
+A record brings its curves along: `record["history"]` maps a series' name to `[[step, value], …]` and
+`record["reset_steps"]` lists the steps at which a reset happened. matplotlib is imported only when a figure
 is drawn, and drawn on without a display.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, told apart by all common forms of colour vision; dashes tell arms apart in grey.
-_ARM_STYLES = {"plain": ("#D55E00", (0, (5, 2))), "reset": ("#0072B2", "solid")}
-_OTHER_STYLES = (
-    ("#009E73", (0, (1, 1))),
-    ("#CC79A7", (0, (3, 1, 1, 1))),
-    ("#56B4E9", "dashdot"),
-    ("#000000", "solid"),
-)
+_WITHOUT_RESETS = (("#D55E00", (0, (5, 2))), ("#E69F00", (0, (1, 1))), ("#CC79A7", "dashdot"))
+_WITH_RESETS = (("#0072B2", "solid"), ("#009E73", (0, (3, 1, 1, 1))), ("#56B4E9", (0, (8, 1))))
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Panel:
     """One panel of the figure.
 
     Args:
-        series: name of the curve in ``record["history"]``.
+        series: name of the curve in `record["history"]`.
         title: what stands above it.
         ylabel: quantity and unit.
         marks_resets: draw a rug of the resets, one row a seed, under the curves.
@@ -59,7 +55,7 @@ def plot_runs(
     title: str | None = None,
     xlabel: str = "optimizer step",
 ) -> Path:
-    """Draw the panels side by side and write them to ``path`` (its suffix says the format).
+    """Draw the panels side by side and write them to `path` (its suffix says the format).
 
     A panel for which no record has a curve is left out.
 
@@ -86,7 +82,7 @@ def plot_runs(
     figure = Figure(figsize=(4.2 * len(drawn), 3.7), layout="constrained")
     FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
-    styles = _styles(arms_of(records))
+    styles = arm_styles(records)
     for axis, panel in zip(axes, drawn, strict=True):
         _draw_panel(axis, panel, records, styles)
         axis.set_xlabel(xlabel)
@@ -167,6 +163,8 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in shared]
 
 
-def _styles(arms: Sequence[str]) -> dict[str, Any]:
-    spare = iter(_OTHER_STYLES * (1 + len(arms) // len(_OTHER_STYLES)))
-    return {arm: _ARM_STYLES[arm] if arm in _ARM_STYLES else next(spare) for arm in arms}
+def arm_styles(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Colour and dash of each arm: warm ones without resets, cold ones with; past three of a kind they come again."""
+    resets = {record["arm"]: bool(record.get("can_reset")) for record in records}
+    of_kind = {True: cycle(_WITH_RESETS), False: cycle(_WITHOUT_RESETS)}
+    return {arm: next(of_kind[resets[arm]]) for arm in arms_of(records)}

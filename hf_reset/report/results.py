@@ -1,16 +1,13 @@
 """The results file of a recipe: configuration, environment, and one record an arm and seed.
 
-``results.json`` is the one source that reports, figures and README tables are rendered from. It is written
+`results.json` is the one source that reports, figures and README tables are rendered from. It is written
 after every finished run, whole or not at all, so that a study which is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,21 +17,12 @@ from hf_reset.errors import ConfigError, DataError
 from hf_reset.files import write_atomic
 
 RESULTS_NAME = "results.json"
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "evaluate",
-    "peft",
-    "trl",
-    "numpy",
-    "hf-reset",
-)
+_RENAMED = {"label_memory": "label_memory_last"}
+_RESETS_IN_0_1 = {"plain": False, "reset": True}
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: numpy as numbers, paths and enums as text, NaN and ±inf as None."""
+    """`value` as JSON can hold it: numpy as numbers, paths and enums as text, NaN and ±inf as None."""
     if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
     if isinstance(value, float):
@@ -50,81 +38,21 @@ def plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
-def environment_record(device: Any = None, *, processes: int = 1) -> dict[str, Any]:
-    """Where a run took place: versions, platform, cores, device.
-
-    Args:
-        device: the ``torch.device`` trained on; None says nothing of a device.
-        processes: number of processes that trained together.
-
-    Returns:
-        JSON-plain; ``packages`` maps each installed package of interest to its version.
-    """
-    record: dict[str, Any] = {
-        "python": platform.python_version(),
-        "packages": {},
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "processes": processes,
-    }
-    for name in _PACKAGES:
-        try:
-            record["packages"][name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device is not None:
-        record["device"] = _device_name(device)
-        record["peak_memory_is"] = _peak_memory_meaning(device)
-    return record
-
-
-def reset_peak_memory(device: Any) -> None:
-    """Begin to count peak memory afresh, as far as the platform lets us (see :func:`peak_memory_bytes`)."""
-    if _is_cuda(device):
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # proc(5): resets the peak resident set size, VmHWM
-    except OSError:
-        pass
-
-
-def peak_memory_bytes(device: Any) -> int:
-    """Most memory used since :func:`reset_peak_memory`, in bytes.
-
-    On CUDA what torch allocated on the device; elsewhere the resident set of this process (on Linux since the
-    count was begun, on other systems since the process started; 0 where neither can be read).
-    """
-    if _is_cuda(device):
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        with open("/proc/self/status") as file:
-            peak = next(line for line in file if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return _lifetime_peak_bytes()
-
-
 class Results:
-    """The records of one study, kept in ``OUTPUT_DIR/results.json``.
+    """The records of one study, kept in `OUTPUT_DIR/results.json`.
 
     Args:
         output_dir: folder of the study.
-        recipe: the recipe's name, e.g. ``"text_classification"``.
+        recipe: the recipe's name, e.g. `"text_classification"`.
         configuration: everything that was asked for, JSON-plain.
-        environment: see :func:`environment_record`.
+        environment: see `environment_record`.
         resume: take over the records that lie there already, when their configuration is this one. False: a
             folder with a run in it is refused.
-        free: configuration keys that may differ from those of the records taken over, such as ``seeds``.
+        free: configuration keys that may differ from those of the records taken over, such as `seeds`.
         write: False on the processes that are not the main one; they keep records but touch no file.
 
     Raises:
-        ConfigError: ``output_dir`` has a run in it and ``resume`` is False, or its configuration differs.
+        ConfigError: `output_dir` has a run in it and `resume` is False, or its configuration differs.
         DataError: the file there cannot be read.
     """
 
@@ -163,10 +91,9 @@ class Results:
         self.records = [old for old in self.records if (old["arm"], old["seed"]) != key] + [new]
         self.save()
 
-    def note(self, text: str) -> None:
-        """Remember a sentence for the report (what was dropped, what chose the anchors), once."""
-        if text not in self.notes:
-            self.notes.append(text)
+    def note(self, *texts: str) -> None:
+        """Remember sentences for the report (what was dropped, what chose the anchors), each once."""
+        self.notes += [text for text in dict.fromkeys(texts) if text not in self.notes]
 
     def save(self) -> None:
         """Write the file, atomically; on a process that does not write, nothing."""
@@ -185,10 +112,10 @@ class Results:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """The content of a results file (or of the one in a folder).
+    """The content of a results file (or of the one in a folder); records of 0.1 come in today's form.
 
     Raises:
-        DataError: the file is missing, is not JSON, or has no ``configuration`` or ``records``.
+        DataError: the file is missing, is not JSON, or has no `configuration` or `records`.
     """
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
@@ -198,16 +125,25 @@ def read_results(path: str | Path) -> dict[str, Any]:
         raise DataError(f"results file {str(path)!r} cannot be read ({error}). Give a results.json.") from error
     if not isinstance(content, dict) or not {"configuration", "records"} <= content.keys():
         raise DataError(f"{str(path)!r} is not a results file: it has no `configuration` and `records`.")
+    content["records"] = [_of_today(record) for record in content["records"]]
     return content
+
+
+def _of_today(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of 0.1 did not say whether it could reset (two arms said so by name), and had another memory key."""
+    renamed = {_RENAMED.get(key, key): value for key, value in record.items()}
+    if "can_reset" not in renamed:
+        renamed["can_reset"] = _RESETS_IN_0_1.get(record["arm"], bool(record.get("resets")))
+    return renamed
 
 
 def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
     """Refuse a folder that has a run in it, unless the run is to be taken up again.
 
-    A run shows by a results file, a Trainer checkpoint, or a run's folder with one (``ARM-seed0``).
+    A run shows by a results file, a Trainer checkpoint, or a run's folder with one (`ARM-seed0`).
 
     Raises:
-        ConfigError: ``output_dir`` is not a folder, or has a run in it and ``resume`` is False.
+        ConfigError: `output_dir` is not a folder, or has a run in it and `resume` is False.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -230,7 +166,7 @@ def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
 
 
 def series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """One curve of a run: ``[[step, value], …]`` for every entry of the log history that has ``key``."""
+    """One curve of a run: `[[step, value], …]` for every entry of the log history that has `key`."""
     return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
 
 
@@ -255,32 +191,3 @@ def _refuse_other_configuration(
             f"the run in `output_dir` ({path}) has another configuration ({said}). Give the same options to "
             "take it up again, or name another folder with --output_dir."
         )
-
-
-def _is_cuda(device: Any) -> bool:
-    return getattr(device, "type", None) == "cuda"
-
-
-def _device_name(device: Any) -> str:
-    if _is_cuda(device):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    return str(getattr(device, "type", device))
-
-
-def _peak_memory_meaning(device: Any) -> str:
-    if _is_cuda(device):
-        return "allocated by torch on the device, of the main process"
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        return "resident set of the main process during the run"
-    return "resident set of the main process since it started"
-
-
-def _lifetime_peak_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if platform.system() == "Darwin" else 1024)

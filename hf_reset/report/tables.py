@@ -13,7 +13,7 @@ class Column:
     """One column of a table.
 
     Args:
-        key: the key of a record, e.g. ``"test_accuracy_last"``. Absent or None shows as "–".
+        key: the key of a record, e.g. `"test_accuracy_last"`. Absent or None shows as "–".
         heading: what stands above it.
         digits: digits after the point.
         scale: the factor between the record's unit and the one shown, e.g. 2**-20 for MiB.
@@ -25,8 +25,9 @@ class Column:
     scale: float = 1.0
 
 
+RESETS = Column("resets", "resets", digits=0)
 COST_COLUMNS = (
-    Column("resets", "resets", digits=1),
+    RESETS,
     Column("train_seconds", "train seconds", digits=0),
     Column("peak_memory_bytes", "peak memory, MiB", digits=0, scale=2**-20),
 )
@@ -85,6 +86,17 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     """A Markdown table; a pipe within a cell is escaped."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def print_summary(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+    """The summary table with what a run cost, on the screen."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log has no edge
+    console.print(Markdown(summary_table(records, [*columns, *COST_COLUMNS])))
 
 
 def markdown_report(

@@ -1,5 +1,9 @@
 """What the recipes share, so that their scripts stay lessons. In reading order:
 
-* `runs`: options, files of data, and the loop over arms and seeds;
-* `classification` and `instructions`: rows as a study of wrong labels or responses needs them.
+* `options`: options from YAML and the command line, and what a recipe is as a command;
+* `splits` and `columns`: raw rows, from files or by name, and the columns they are read by;
+* `classification` and `instructions`: rows as a study of wrong labels or responses needs them;
+* `models`: models and tokenizers by name, and their adapters;
+* `arms`: the ways of training that are set beside one another;
+* `runs`: the loop over arms and seeds, and training, watching and saving one run.
 """

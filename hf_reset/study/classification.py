@@ -5,59 +5,32 @@ Every row dropped and every row added to a split is counted in words, for the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
-from hf_reset.study.runs import carve
+from hf_reset.study.columns import Columns, Label, read_rows
+from hf_reset.study.splits import take_split
 
-Label = int | str
+if TYPE_CHECKING:
+    from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
 _MISSING = -1  # a clean label that nobody gave
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns of the raw data hold what.
-
-    Args:
-        text: the text.
-        text_pair: a second text (premise and hypothesis, question and passage); None for none.
-        label: what training sees.
-        clean_label: the true label where ``label`` has real noise; the test is measured on it. None: ``label``
-            is taken as true, and noise may be added to it.
-        validation_label: what validation sees; None: ``label``. A small trusted set: the column with its labels,
-            or ``"clean_label"`` for the true ones behind added noise.
-    """
-
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    clean_label: str | None = None
-    validation_label: str | None = None
-
-    @property
-    def trusted(self) -> bool:
-        """Whether validation sees other labels than training does."""
-        return self.validation_label is not None and self.validation_label != self.label
-
-    @property
-    def true_label(self) -> str:
-        """The raw column that the test is measured on."""
-        return self.clean_label or self.label
-
-
-@dataclass(frozen=True)
 class ClassificationData:
-    """Splits with columns ``text``, ``text_pair`` (if asked for), ``label``, ``clean_label``, ``is_mislabelled``.
+    """Splits with columns `text`, `text_pair` (if asked for), `label`, `clean_label`, `is_mislabelled`.
 
     Attributes:
-        train: rows with noisy labels, numbered 0 … K − 1; ``clean_label`` is −1 where it is not known.
-        validation: rows whose ``label`` chooses anchors: noisy like training's, or trusted.
+        train: rows with noisy labels, numbered 0 … K − 1; `clean_label` is −1 where it is not known.
+        validation: rows whose `label` chooses anchors: noisy like training's, or trusted.
         test: rows with true labels (as true as the data says).
         names: the K classes' names.
         notes: what was dropped, carved out or added, in sentences.
@@ -73,6 +46,89 @@ class ClassificationData:
     def mislabelled(self) -> np.ndarray:
         """Indices of the training rows whose label is known to be wrong, shape (M,)."""
         return np.flatnonzero(np.asarray(self.train["is_mislabelled"], dtype=bool))
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
+        """Token columns in place of the texts, by split; the Trainer leaves out those that the model does not take.
+
+        Args:
+            tokenizer: the model's.
+            max_length: tokens to which texts are cut.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: _tokenized(rows, tokenizer, max_length) for name, rows in splits.items()}
+
+    @property
+    def validation_labels_right(self) -> float | None:
+        """Share of the validation labels that are right, of those whose clean label is known; None for none."""
+        known = [label for label in self.validation["clean_label"] if label != _MISSING]
+        return 1 - sum(self.validation["is_mislabelled"]) / len(known) if known else None
+
+
+def parse_matrix(text: str | None) -> Sequence[Sequence[float]] | None:
+    """The rows of a noise matrix that was given as JSON.
+
+    Raises:
+        ConfigError: it is no JSON.
+    """
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"`noise_matrix` {text!r} must be rows as JSON: {error}.") from error
+
+
+def refuse_clean_metric(name: str | None) -> None:
+    """Refuse to choose anchors by a figure on clean labels, which is only there to be looked at.
+
+    Args:
+        name: of the metric that is to choose; None for the default.
+
+    Raises:
+        ConfigError: it is one on clean labels.
+    """
+    if "clean" in (name or ""):
+        raise ConfigError(
+            "`reset_metric` would choose anchors by clean labels. If there are some to trust, name their column with "
+            "--validation_label_column; the report then says so."
+        )
+
+
+def watch_memory(train: Dataset, args: TrainingArguments, samples: int) -> list[TrainerCallback]:
+    """Follow label memory as often as validation is evaluated, on a fixed sample of mislabelled rows, if there are any.
+
+    Args:
+        train: tokens of the training rows.
+        args: of the run.
+        samples: most rows to follow; 0 for none.
+    """
+    from hf_reset.diagnostics.label_memory import LabelMemoryCallback
+
+    if samples < 1 or not any(train["is_mislabelled"]):
+        return []
+    every = int(args.eval_steps or 0) if args.eval_strategy == "steps" else 0
+    return [LabelMemoryCallback(train, every=every or 50, sample=samples, batch_size=args.per_device_eval_batch_size)]
+
+
+def validation_metrics(data: ClassificationData) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Accuracy on the validation labels, and, to be looked at only, on the clean ones behind them.
+
+    Validation rows come in order, so the clean labels need not pass through the model. They choose nothing.
+    """
+    clean = np.asarray(data.validation["clean_label"])
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        classes = predicted_classes(prediction.predictions)
+        metrics = {"accuracy": float((classes == prediction.label_ids).mean())}
+        if len(classes) == len(clean) and (clean >= 0).all():  # not the test or training rows
+            metrics["clean_accuracy"] = float((classes == clean).mean())
+        return metrics
+
+    return compute
+
+
+def predicted_classes(predictions: Any) -> np.ndarray:
+    """Class numbers, shape (N,), from logits of shape (N, K), or from a tuple that begins with them."""
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return np.asarray(logits).argmax(axis=-1)
 
 
 def prepare_classification(
@@ -96,11 +152,11 @@ def prepare_classification(
     training, unless its labels are trusted ones.
 
     Args:
-        splits: ``train``, and optionally ``validation`` and ``test``, as they were loaded.
+        splits: `train`, and optionally `validation` and `test`, as they were loaded.
         columns: which columns hold what.
         noise_rate: share of training (and validation) rows given a wrong label; 0 adds none.
-        noise_kind: see :func:`hf_reset.noise.labels.corrupt_labels`.
-        noise_matrix: T[i, j] = P(noisy = j | clean = i), shape (K, K), for ``noise_kind="matrix"``; it sets the rate.
+        noise_kind: see `hf_reset.noise.labels.corrupt_labels`.
+        noise_matrix: T[i, j] = P(noisy = j | clean = i), shape (K, K), for `noise_kind="matrix"`; it sets the rate.
         seed: of the order of rows, the splits and the noise.
         validation_fraction: share of the training rows taken for validation where none is given.
         test_fraction: share of the training rows taken for the test where none is given.
@@ -123,19 +179,19 @@ def prepare_classification(
             f"`clean_label_column` {columns.clean_label!r}. Give one of the two."
         )
     notes: list[str] = []
-    train = _read(splits["train"], "train", columns, notes, added=added)
+    train = read_rows(splits["train"], "train", columns, notes, added=added)
     # One draw orders the rows; test, validation and training are cut from it in this order.
     train = train.shuffle(seed=seed)
     if "test" in splits:
-        test = _read(splits["test"], "test", columns, notes, added=added)
-        test = _at_most(test, max_predict_samples, seed)
+        test = read_rows(splits["test"], "test", columns, notes, added=added)
+        test = _sample(test, max_predict_samples, seed)
     else:
-        test, train = _carve(train, "test", test_fraction, max_predict_samples, notes)
+        test, train = _taken(train, "test", test_fraction, max_predict_samples, notes)
     if "validation" in splits:
-        validation = _read(splits["validation"], "validation", columns, notes, added=added)
-        validation = _at_most(validation, max_eval_samples, seed)
+        validation = read_rows(splits["validation"], "validation", columns, notes, added=added)
+        validation = _sample(validation, max_eval_samples, seed)
     else:
-        validation, train = _carve(train, "validation", validation_fraction, max_eval_samples, notes)
+        validation, train = _taken(train, "validation", validation_fraction, max_eval_samples, notes)
     train = train.select(range(min(len(train), max_train_samples or len(train))))
 
     names = _class_names([train, validation, test], splits["train"].features.get(columns.label), columns)
@@ -153,104 +209,17 @@ def prepare_classification(
     return data
 
 
-def _read(rows: Dataset, split: str, columns: Columns, notes: list[str], *, added: bool) -> Dataset:
-    """The columns of interest under names of our own: text, text_pair, given, true, chooser (raw labels)."""
-    if len(rows) == 0:
-        raise DataError(f"the {split} split is empty (0 rows). Give a file or data set with rows.")
-    wanted = _label_columns(split, columns, added=added)
-    texts = {"text": columns.text} | ({"text_pair": columns.text_pair} if columns.text_pair else {})
-    for argument, column in [("text", columns.text), ("text_pair", columns.text_pair)]:
-        if column is not None and column not in rows.column_names:
-            raise DataError(_no_column(f"{argument}_column", column, split, rows))
-    if split == "validation" and wanted["true"][1] not in rows.column_names:
-        del wanted["true"]  # only a diagnostic there
-    for argument, column in wanted.values():
-        if column not in rows.column_names:
-            raise DataError(_no_column(argument, column, split, rows))
-    made: dict[str, list[Any]] = {name: list(rows[column]) for name, column in texts.items()}
-    for name, (argument, column) in wanted.items():
-        made[name] = _label_values(rows, column, argument, split)
-    made.setdefault("true", [None] * len(rows))
-    required = "true" if split == "test" else "chooser" if split == "validation" else "given"
-    kept = [index for index, label in enumerate(made[required]) if label is not None]
-    if len(kept) < len(rows):
-        column = wanted[required][1]
-        notes.append(f"{len(rows) - len(kept)} of {len(rows)} {split} rows have no {column!r} and were dropped.")
-    if not kept:
-        argument, column = wanted[required]
-        raise DataError(f"`{argument}` {column!r} is empty on all {len(rows)} rows of the {split} split.")
-    made = {name: [values[index] for index in kept] for name, values in made.items()}
-    for name, column in texts.items():
-        _check_texts(made[name], f"{name}_column", column, split)
-    return Dataset.from_dict(made)
+def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    pairs = list(rows["text_pair"]) if "text_pair" in rows.column_names else None
+    tokens = tokenizer(list(rows["text"]), pairs, truncation=True, max_length=max_length)
+    labels = {name: list(rows[name]) for name in ("label", "clean_label", "is_mislabelled")}
+    return Dataset.from_dict({**tokens, **labels})
 
 
-def _label_columns(split: str, columns: Columns, *, added: bool) -> dict[str, tuple[str, str]]:
-    """Which label columns a split must have: our name to (argument, raw column)."""
-    given = ("label_column", columns.label)
-    true = ("clean_label_column", columns.clean_label) if columns.clean_label else given
-    chooser = given
-    if columns.trusted and not (added and columns.validation_label == "clean_label"):
-        chooser = ("validation_label_column", str(columns.validation_label))
-    if split == "test":
-        return {"given": true, "true": true, "chooser": true}
-    if split == "validation":
-        return {"given": chooser, "true": true, "chooser": chooser}
-    return {"given": given, "true": true, "chooser": chooser}
-
-
-def _no_column(argument: str, column: str, split: str, rows: Dataset) -> str:
-    remedy = f"It has {', '.join(map(repr, rows.column_names))}; name one of them with --{argument}."
-    if split == "validation" and argument == "label_column":
-        remedy += (
-            " To choose anchors by other labels give --validation_label_column; without a validation split it "
-            "is taken from training."
-        )
-    return f"`{argument}` is {column!r}, which the {split} split does not have. {remedy}"
-
-
-def _label_values(rows: Dataset, column: str, argument: str, split: str) -> list[Label | None]:
-    """The labels as integers or strings, None where there is none."""
-    feature = rows.features[column]
-    values = list(rows[column])
-    if isinstance(feature, ClassLabel):
-        return [None if value is None or value < 0 else feature.names[value] for value in values]
-    values = [None if value is None or value != value or value == "" else value for value in values]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) and all(isinstance(value, float) and value.is_integer() for value in known):
-        # Readers of CSV turn a column of integers with gaps into floats.
-        return [None if value is None else int(value) for value in values]
-    for row, value in enumerate(values):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, str))):
-            raise DataError(
-                f"`{argument}` {column!r} must hold integers or strings, got {value!r} ({type(value).__name__}) in "
-                f"row {row} of the {split} split. Name another column or turn the labels into class names."
-            )
-    if len({type(value) for value in known}) > 1:
-        raise DataError(f"`{argument}` {column!r} of the {split} split mixes integers and strings. Use one of them.")
-    return values
-
-
-def _check_texts(texts: Sequence[Any], argument: str, column: str, split: str) -> None:
-    bad = [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if not bad:
-        return
-    value = texts[bad[0]]
-    if value is not None and not isinstance(value, str):
-        raise DataError(
-            f"`{argument}` {column!r} must hold strings, got {value!r} ({type(value).__name__}) in the {split} "
-            "split. Name the column that holds the text."
-        )
-    raise DataError(
-        f"`{argument}` {column!r} has {len(bad)} empty or null texts in the {split} split (the first, {value!r}, in "
-        f"row {bad[0]} of those with a label). Fill those rows or leave them out of the file."
-    )
-
-
-def _carve(
+def _taken(
     rows: Dataset, split: str, fraction: float, at_most: int | None, notes: list[str]
 ) -> tuple[Dataset, Dataset]:
-    taken, rest = carve(rows, split, fraction, at_most, notes)
+    taken, rest = take_split(rows, split, fraction, at_most, notes)
     count = len(taken)
     labels = taken["true" if split == "test" else "chooser"]
     labelled = [index for index, label in enumerate(labels) if label is not None]
@@ -259,7 +228,7 @@ def _carve(
     return taken.select(labelled), rest
 
 
-def _at_most(rows: Dataset, count: int | None, seed: int) -> Dataset:
+def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_reset.diagnostics.responses import IGNORED, prompt_text
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.instructions import Kind, corrupt_responses, response_column, response_texts
-from hf_reset.study.runs import carve
+from hf_reset.study.models import load_tokenizer
+from hf_reset.study.splits import at_most, take_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the label of a token that is no part of the response
 
 # What a row's prompt is made of, by the column its response is in: the question, then what it is about.
 _PROMPT_COLUMNS = {
@@ -30,7 +31,7 @@ _PROMPT_COLUMNS = {
 
 @dataclass(frozen=True)
 class InstructionData:
-    """Splits with columns ``prompt`` (messages), ``response``, ``clean_response`` and ``is_corrupted``.
+    """Splits with columns `prompt` (messages), `response`, `clean_response` and `is_corrupted`.
 
     Attributes:
         train: some responses wrong.
@@ -48,6 +49,33 @@ class InstructionData:
     def corrupted(self) -> Dataset:
         """The training rows whose response is wrong."""
         return self.train.select([row for row, wrong in enumerate(self.train["is_corrupted"]) if wrong])
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict[str, Dataset], list[str]]:
+        """Tokens of the splits, see `encode`, and what was left out or cut, in sentences.
+
+        Where responses are corrupted, also the corrupted training rows as training sees them, `given`, and as they
+        were, `clean`.
+
+        Args:
+            tokenizer: with a chat template.
+            max_length: tokens kept of prompt and response together.
+        """
+        splits: dict[str, Dataset] = {}
+        notes = []
+        for name, rows in {"train": self.train, "validation": self.validation, "test": self.test}.items():
+            splits[name], counts = encode(rows, tokenizer, max_length)
+            for count, what in [
+                (counts["prompt_too_long"], "prompts leave no room for a response and were left out"),
+                (counts["response_cut"], "responses were cut"),
+            ]:
+                if count:
+                    notes.append(f"{count} of {len(rows)} {name} {what} (`max_seq_length` {max_length}).")
+        wrong = list(self.train["is_corrupted"])
+        corrupted = [place for place, row in enumerate(splits["train"]["row"]) if wrong[row]]
+        if corrupted:  # prompts alone decide what is left out, so the rows are the same in both
+            clean, _ = encode(self.train, tokenizer, max_length, column="clean_response")
+            splits["given"], splits["clean"] = splits["train"].select(corrupted), clean.select(corrupted)
+        return splits, notes
 
 
 def prepare_instructions(
@@ -71,12 +99,12 @@ def prepare_instructions(
     each split within itself, so that no wrong response was seen in the other.
 
     Args:
-        splits: ``train``, and optionally ``validation`` and ``test``, in any format that ``corrupt_responses``
+        splits: `train`, and optionally `validation` and `test`, in any format that `corrupt_responses`
             knows.
         prompt_column: text or messages; None finds it by format.
         response_column: text or messages; None finds it by format.
         noise_rate: share of training and of validation responses to make wrong.
-        noise_kind: see ``corrupt_responses``.
+        noise_kind: see `corrupt_responses`.
         seed: of the order of rows, the splits and the noise.
         validation_fraction: share of training rows taken for validation where none is given.
         test_fraction: likewise for the test.
@@ -97,10 +125,10 @@ def prepare_instructions(
         ("validation", validation_fraction, max_eval_samples),
     ]:
         if name in form:
-            taken[name] = _at_most(form[name].shuffle(seed=seed), most)
+            taken[name] = at_most(form[name].shuffle(seed=seed), most)
         else:
-            taken[name], train = carve(train, name, fraction, most, notes)
-    train = _at_most(train, max_train_samples)
+            taken[name], train = take_split(train, name, fraction, most, notes)
+    train = at_most(train, max_train_samples)
     return InstructionData(
         train=corrupt_responses(train, rate=noise_rate, kind=noise_kind, seed=seed, column="response"),
         validation=corrupt_responses(
@@ -119,15 +147,15 @@ def encode(
     Prompt and response are tokenized apart, as they are when a response is generated.
 
     Args:
-        rows: with a column ``prompt`` of messages, and ``column`` of text.
+        rows: with a column `prompt` of messages, and `column` of text.
         tokenizer: with a chat template.
         max_length: tokens kept of prompt and response together; responses are cut to it.
-        column: ``"response"``, or ``"clean_response"``.
+        column: `"response"`, or `"clean_response"`.
 
     Returns:
-        A data set with ``input_ids``, ``labels`` (−100 on the prompt) and ``row``, the row's number in ``rows``;
+        A data set with `input_ids`, `labels` (−100 on the prompt) and `row`, the row's number in `rows`;
         and how many rows were left out because their prompt leaves no room for a response
-        (``prompt_too_long``), and how many responses were cut (``response_cut``).
+        (`prompt_too_long`), and how many responses were cut (`response_cut`).
 
     Raises:
         ConfigError: the tokenizer has no chat template, or one that does not put the response after the prompt.
@@ -158,22 +186,37 @@ def encode(
     return Dataset.from_dict(made), counts
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> str:
-    """The prompt as the model sees it, up to where its response begins."""
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-
-
 def prompt_texts(rows: Dataset, prompt_column: str | None = None, response: str | None = None) -> list[str]:
     """The text of each prompt that has any, turns joined by line breaks.
 
     Args:
-        rows: in any format that ``corrupt_responses`` knows.
+        rows: in any format that `corrupt_responses` knows.
         prompt_column: text or messages; None finds it by format.
         response: the response column; None finds it by format.
     """
     prompts = _prompts(rows, prompt_column, response_column(rows, response))
     texts = ("\n".join(turn["content"] for turn in prompt).strip() for prompt in prompts)
     return [text for text in texts if text]
+
+
+def chat_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with a chat template and something to pad with.
+
+    Args:
+        name: on the hub, or a local directory.
+        chat_template: a file with another template than its own.
+
+    Raises:
+        ConfigError: it, or the file, cannot be loaded, or it has no chat template.
+    """
+    tokenizer = load_tokenizer(name, argument="tokenizer_name")
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"`chat_template` {chat_template!r} cannot be read ({error}).") from error
+    check_chat_template(tokenizer)
+    return tokenizer
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -204,7 +247,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], 
 
 
 def _one_form(rows: Dataset, split: str, prompt_column: str | None, response: str | None, notes: list[str]) -> Dataset:
-    """Rows as ``prompt`` (messages) and ``response`` (text), those with both."""
+    """Rows as `prompt` (messages) and `response` (text), those with both."""
     from datasets import Dataset
 
     if len(rows) == 0:
@@ -253,7 +296,3 @@ def _as_turns(prompt: Any, extra: str | None) -> list[dict[str, str]]:
 
 def _turn(turn: Mapping[str, Any]) -> dict[str, str]:
     return {"role": str(turn["role"]), "content": turn["content"] or ""}
-
-
-def _at_most(rows: Dataset, count: int | None) -> Dataset:
-    return rows if count is None else rows.select(range(min(count, len(rows))))

@@ -48,7 +48,7 @@ def main() -> None:
     import torch
 
     from hf_reset.files import write_atomic
-    from hf_reset.report.results import environment_record
+    from hf_reset.report.environment import environment_record
 
     medians: dict[str, list[float]] = {arm: [] for arm in ARMS}
     hooks: dict[str, list[float]] = {arm: [] for arm in ARMS}

@@ -51,7 +51,7 @@ def main() -> int:
 
     _import_once()
     from hf_reset.files import write_atomic
-    from hf_reset.report.results import environment_record
+    from hf_reset.report.environment import environment_record
 
     chance, kills, lives = random.Random(options.seed), [], []
     count = max(1, round(options.kills / KILLS_A_LIFE))

@@ -26,13 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_reset.study.runs import RecipeArguments, option
+from hf_reset.study.options import RecipeArguments, option, run_command
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
     from hf_reset.report.results import Results
+    from hf_reset.study.arms import Arm
     from hf_reset.study.instructions import InstructionData
 
 
@@ -87,61 +88,57 @@ class InstructionTuningArguments(RecipeArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; what it refuses ends in one line and exit status 1."""
-    from hf_reset.study.runs import run_command
-
     run_command(run, InstructionTuningArguments, description=__doc__ or "", argv=argv)
 
 
 def run(argv: Sequence[str]) -> dict[str, Any]:
-    """The whole study: parse, train each arm from each seed, report.
-
-    Returns:
-        What ``results.json`` holds.
-    """
+    """The whole study: parse, train each arm from each seed, report; returns what `results.json` holds."""
     from functools import lru_cache
 
     from hf_reset.corpora import docstring_summaries
-    from hf_reset.study.instructions import prepare_instructions
-    from hf_reset.study.runs import load_splits, open_study, parse_recipe, quiet_unless_terminal, run_arms
+    from hf_reset.report.instructions import write_report
+    from hf_reset.study.options import parse_recipe
+    from hf_reset.study.runs import open_study, quiet_unless_terminal, run_arms
+    from hf_reset.study.splits import load_splits
 
     options, training, configuration = parse_recipe([InstructionTuningArguments, arguments_class(argv)], argv)
     check(options, training)
     results, runs, say = open_study("instruction_tuning", options, training, configuration)
     callbacks = quiet_unless_terminal(training)
-    raw = load_splits(options, docstring_summaries)
+    raw = load_splits(docstring_summaries, **options.sources())
+    prepared = lru_cache(maxsize=1)(lambda seed: prepare(options, raw, seed))
 
-    @lru_cache(maxsize=1)
-    def prepared(seed: int) -> InstructionData:
-        return prepare_instructions(
-            raw,
-            prompt_column=options.prompt_column,
-            response_column=options.response_column,
-            noise_rate=options.noise_rate,
-            noise_kind=options.noise_kind,
-            seed=seed,
-            validation_fraction=options.validation_fraction,
-            test_fraction=options.test_fraction,
-            max_train_samples=options.max_train_samples,
-            max_eval_samples=options.max_eval_samples,
-            max_predict_samples=options.max_predict_samples,
-        )
-
-    def run_one(arm: str, seed: int) -> dict[str, Any]:
+    def run_one(arm: Arm, seed: int) -> dict[str, Any]:
         data = prepared(seed)  # data and noise first: what is wrong with them shows before any training
         base = base_model(options, training, raw, say)
         return train_and_measure(options, training, data, base, arm, seed, results, callbacks)
 
     run_arms(results, runs, run_one, say=say)
     if training.should_save:
-        write_report(options, results)
+        write_report(results)
     return results.as_dict()
+
+
+def prepare(options: InstructionTuningArguments, raw: dict[str, Dataset], seed: int) -> InstructionData:
+    """Splits of one seed, with its noise."""
+    from hf_reset.study.instructions import prepare_instructions
+
+    return prepare_instructions(
+        raw,
+        prompt_column=options.prompt_column,
+        response_column=options.response_column,
+        noise_rate=options.noise_rate,
+        noise_kind=options.noise_kind,
+        seed=seed,
+        **options.sizes(),
+    )
 
 
 def arguments_class(argv: Sequence[str]) -> type:
     """The class of the trainer's arguments, `reset_*` fields in front, for the trainer that was asked for."""
     from hf_reset import ResetTrainingArguments
     from hf_reset.errors import ConfigError
-    from hf_reset.study.runs import given_option
+    from hf_reset.study.options import given_option
 
     if given_option(argv, "trainer", default="plain") != "sft":
         return ResetTrainingArguments
@@ -160,23 +157,13 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
     """
     import torch
 
-    from hf_reset.errors import ConfigError
+    from hf_reset.study.models import refuse_4bit
 
     if options.loss is not None:
         training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
     training.loss_func(torch.nn.Identity())  # what it refuses is to be refused before anything is trained
-    if not options.load_in_4bit:
-        return
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "`load_in_4bit` is True, and there is no CUDA device here, without which bitsandbytes holds no weights in "
-            "4 bits. Leave it False; --dtype bfloat16 halves the memory anywhere."
-        )
-    if options.model_name_or_path is None or options.full_finetuning:
-        raise ConfigError(
-            "`load_in_4bit` is for adapters on a model named with --model_name_or_path: 4-bit weights cannot be "
-            "trained themselves. Leave it False."
-        )
+    if options.load_in_4bit:
+        refuse_4bit(options.model_name_or_path is None or options.full_finetuning)
 
 
 def base_model(
@@ -187,11 +174,8 @@ def base_model(
     Its plain text is the embedded docstrings without what `docstring_summaries` asks for and, with data of one's
     own, the prompts of the training split; no response of any data is in it.
     """
-    import hashlib
-    from pathlib import Path
-
     from hf_reset.corpora import docstring_text
-    from hf_reset.corpora.small_llama import small_llama
+    from hf_reset.corpora.small_llama import kept_llama
     from hf_reset.study.instructions import prompt_texts
 
     if options.model_name_or_path is not None:
@@ -207,109 +191,33 @@ def base_model(
         "learning_rate": options.base_learning_rate,
         "positions": options.max_seq_length + options.max_new_tokens,
     }
-    key = hashlib.blake2b(repr((settings, texts)).encode(), digest_size=4).hexdigest()
-    folder = Path(training.output_dir) / f"base-{key}"
-    if not folder.is_dir():
-        say(f"training the small Llama for {options.base_steps} steps on plain text, kept in {folder}")
-    return str(small_llama(folder, texts, use_cpu=training.use_cpu, **settings))
-
-
-def build_tokenizer(options: InstructionTuningArguments, base: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a chat template and something to pad with.
-
-    Raises:
-        ConfigError: it cannot be loaded, or has no chat template.
-    """
-    from pathlib import Path
-
-    from transformers import AutoTokenizer
-
-    from hf_reset.errors import ConfigError
-    from hf_reset.study.instructions import check_chat_template
-    from hf_reset.study.runs import load_pretrained
-
-    tokenizer = load_pretrained(
-        AutoTokenizer.from_pretrained, options.tokenizer_name or base, argument="tokenizer_name"
-    )
-    if options.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"`chat_template` {options.chat_template!r} cannot be read ({error}).") from error
-    check_chat_template(tokenizer)
-    if tokenizer.pad_token is None:  # decoders often have none; padding is masked everywhere
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return str(kept_llama(training.output_dir, texts, use_cpu=training.use_cpu, say=say, **settings))
 
 
 def build_model(
     options: InstructionTuningArguments, training: Any, tokenizer: PreTrainedTokenizerBase, base: str
 ) -> PreTrainedModel:
-    """The base model, with adapters unless all weights are to be trained.
-
-    Raises:
-        ConfigError: it cannot be loaded, or its vocabulary or positions do not fit the tokenizer or the data.
-    """
+    """The base model, with adapters (LoRA or DoRA) unless all weights are to be trained."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    from hf_reset.errors import ConfigError
-    from hf_reset.study.runs import load_pretrained
+    from hf_reset.study.models import in_4bit, load_pretrained, refuse_misfit, with_lora
 
     loading: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
     if options.load_in_4bit:
-        loading["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        loading["quantization_config"] = in_4bit()
     model = load_pretrained(AutoModelForCausalLM.from_pretrained, base, **loading)
-    embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > embeddings:
-        raise ConfigError(
-            f"the tokenizer {options.tokenizer_name or base!r} has {len(tokenizer)} tokens, and the model {base!r} "
-            f"embeds {embeddings}: they do not belong together. Give the model's own with --tokenizer_name."
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and options.max_seq_length > positions:
-        raise ConfigError(
-            f"`max_seq_length` is {options.max_seq_length}, and the model {base!r} has {positions} positions. Give at "
-            "most that many."
-        )
+    refuse_misfit(model, base, tokenizer, options.tokenizer_name or base, options.max_seq_length)
     if options.full_finetuning:
         return model
-    return with_adapters(options, training, model)
-
-
-def with_adapters(options: InstructionTuningArguments, training: Any, model: PreTrainedModel) -> PreTrainedModel:
-    """LoRA (or DoRA) adapters on a model whose own weights are frozen.
-
-    Raises:
-        ConfigError: peft refuses the options; its words are passed on.
-    """
-    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
-
-    from hf_reset.errors import ConfigError
-
     if options.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.activation_checkpointing)
     elif training.activation_checkpointing:
         model.enable_input_require_grads()  # a checkpointed block whose input needs no gradient would pass none on
-    try:
-        lora = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=options.lora_rank,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules=options.lora_target_modules,
-            modules_to_save=options.lora_modules_to_save,
-            use_dora=options.use_dora,
-            use_rslora=options.use_rslora,
-        )
-        return get_peft_model(model, lora)  # type: ignore[return-value]
-    except ValueError as error:
-        raise ConfigError(f"`lora_*` options refused by peft: {error}") from error
+    more = {"modules_to_save": options.lora_modules_to_save, "use_dora": options.use_dora}
+    return with_lora(model, "CAUSAL_LM", options, use_rslora=options.use_rslora, **more)
 
 
 def build_trainer(
@@ -348,7 +256,7 @@ def train_and_measure(
     training: Any,
     data: InstructionData,
     base: str,
-    arm: str,
+    arm: Arm,
     seed: int,
     results: Results,
     callbacks: list[Any],
@@ -359,19 +267,23 @@ def train_and_measure(
 
     from hf_reset import select_parameters
     from hf_reset.diagnostics.responses import ResponseCurvesCallback, response_memory
-    from hf_reset.study.runs import arguments_of, best_weights, fresh_engine, save_final_model, train_run
+    from hf_reset.study.arms import arguments_of
+    from hf_reset.study.instructions import chat_tokenizer
+    from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run
+    from hf_reset.study.splits import at_most
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
     set_seed(seed)
-    tokenizer = build_tokenizer(options, base)
-    splits = tokens_of(options, data, tokenizer, results)
+    tokenizer = chat_tokenizer(options.tokenizer_name or base, options.chat_template)
+    splits, notes = data.tokens(tokenizer, options.max_seq_length)
+    results.note(*data.notes, *notes)
     model = build_model(options, training, tokenizer, base)
     if training.reset_config().can_reset:
         select_parameters(model, training.reset_config().scope)  # refused before the plain arm, not after it
     memory = (splits["given"], splits["clean"]) if "given" in splits else None
     best = best_weights(args)
-    curves = ResponseCurvesCallback(splits["test"], *(few(part, options.memory_samples) for part in memory or ()))
+    curves = ResponseCurvesCallback(splits["test"], *(at_most(part, options.memory_samples) for part in memory or ()))
     trainer: Any = build_trainer(options, args, model, tokenizer, splits, [best, curves, *callbacks])
     size = args.per_device_eval_batch_size
     # Under ZeRO-3 the weights are shares from the moment they are loaded, and nothing gathers them before training.
@@ -387,60 +299,17 @@ def train_and_measure(
     return record
 
 
-def tokens_of(
-    options: InstructionTuningArguments,
-    data: InstructionData,
-    tokenizer: PreTrainedTokenizerBase,
-    results: Results,
-) -> dict[str, Dataset]:
-    """Tokens of the splits, and of the corrupted training rows as ``given`` and as they were, ``clean``."""
-    from hf_reset.study.instructions import encode
-
-    parts = {"train": data.train, "validation": data.validation, "test": data.test}
-    notes = [*data.notes]
-    splits: dict[str, Dataset] = {}
-    for name, rows in parts.items():
-        splits[name], counts = encode(rows, tokenizer, options.max_seq_length)
-        for count, what in [
-            (counts["prompt_too_long"], "prompts leave no room for a response and were left out"),
-            (counts["response_cut"], "responses were cut"),
-        ]:
-            if count:
-                notes.append(f"{count} of {len(rows)} {name} {what} (`max_seq_length` {options.max_seq_length}).")
-    wrong = list(data.train["is_corrupted"])
-    corrupted = [place for place, row in enumerate(splits["train"]["row"]) if wrong[row]]
-    if corrupted:  # prompts alone decide what is left out, so the rows are the same in both
-        clean, _ = encode(data.train, tokenizer, options.max_seq_length, column="clean_response")
-        splits["given"], splits["clean"] = splits["train"].select(corrupted), clean.select(corrupted)
-    for note in notes:
-        results.note(note)
-    return splits
-
-
-def few(rows: Dataset, count: int) -> Dataset:
-    """The first rows, which come in random order."""
-    return rows.select(range(min(count, len(rows))))
-
-
 def measure(
     options: InstructionTuningArguments,
     trainer: Any,
     data: InstructionData,
     splits: dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
-    weights: str,
+    weights: Literal["last", "best"],
 ) -> dict[str, Any]:
-    """The live weights on the clean test and on all corrupted training rows.
-
-    Args:
-        options: of the recipe.
-        trainer: after training.
-        data: the texts.
-        splits: their tokens.
-        tokenizer: theirs.
-        weights: ``"last"`` or ``"best"``, what the keys of the record end in.
-    """
+    """The live weights on the clean test and on all corrupted training rows."""
     from hf_reset.diagnostics.responses import generate_responses, generation_scores, response_memory, response_scores
+    from hf_reset.study.splits import at_most
 
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
     scores = response_scores(model, splits["test"], batch_size=size)
@@ -448,7 +317,7 @@ def measure(
     record[f"response_memory_{weights}"] = (
         response_memory(model, splits["given"], splits["clean"], batch_size=size) if "given" in splits else None
     )
-    sample = data.test.select(few(splits["test"], options.generation_samples)["row"])
+    sample = data.test.select(at_most(splits["test"], options.generation_samples)["row"])
     if len(sample):
         prompts, references = list(sample["prompt"]), list(sample["clean_response"])
         made = generate_responses(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=size)
@@ -464,105 +333,17 @@ def measure(
 
 def trajectory(trainer: Any, data: InstructionData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, the size of the anchor, and the curves of the figure."""
+    from hf_reset.report.instructions import CURVES
     from hf_reset.study.runs import outcome
 
     store = trainer.reset_callback.store
-    curves = {"validation_loss": "eval_loss", "clean_loss": "clean_loss", "response_memory": "response_memory"}
     return {
-        **outcome(trainer, best, curves),
+        **outcome(trainer, best, CURVES),
         "train_rows": len(data.train),
         "train_corrupted": len(data.corrupted),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "anchor_bytes": store.nbytes if store is not None else 0,
     }
-
-
-def write_report(options: InstructionTuningArguments, results: Results) -> None:
-    """report.md and curves.png beside results.json; the table goes to the screen."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from hf_reset.files import write_atomic
-    from hf_reset.report.plots import Panel, plot_runs
-    from hf_reset.report.tables import COST_COLUMNS, Column, markdown_report, summary_table
-
-    columns = [
-        Column("test_loss_last", "clean test loss, last step"),
-        Column("test_loss_best", "clean test loss, best validation"),
-        Column("test_token_accuracy_last", "token accuracy, last step"),
-        Column("response_memory_last", "memory of wrong responses", digits=4),
-        Column("rouge_l_last", "ROUGE-L, last step"),
-    ]
-    if any(record.get("exact_match_last") is not None for record in results.records):
-        columns.append(Column("exact_match_last", "exact match, last step"))
-    noisy = "noisy" if options.noise_rate else "responses as given"
-    panels = [
-        Panel("validation_loss", f"Validation loss ({noisy})", "nats a token", marks_resets=True),
-        Panel("response_memory", "Memory of wrong responses", "loss on clean - loss on given, nats a token"),
-        Panel(
-            "clean_loss",
-            "Loss on clean held-out responses\n(a diagnostic, chose nothing)",
-            "nats a token",
-            final="test_loss_last",
-        ),
-    ]
-    folder, title = results.path.parent, title_of(options)
-    figure = plot_runs(results.records, panels, folder / "curves.png", title=title)
-    sections = {"Reading": reading(results.records)}
-    if samples := samples_table(results.records):
-        sections["Generated at the last step"] = samples
-    report = markdown_report(
-        results.as_dict(),
-        columns,
-        title=title,
-        chosen_by=f"the {results.configuration.get('reset_metric') or 'eval_loss'} of validation responses"
-        + (", wrong at the same rate as in training. No clean response chose anything." if options.noise_rate else "."),
-        figure=figure.name,
-        sections=sections,
-    )
-    path = write_atomic(folder / "report.md", report)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a log has no edge
-    console.print(Markdown(summary_table(results.records, [*columns, *COST_COLUMNS])))
-    print(f"{path}, {figure}, {results.path}")
-
-
-def title_of(options: InstructionTuningArguments) -> str:
-    """Data and noise, in a line."""
-    data = options.dataset_name or options.train_file or "standard-library docstrings"
-    noise = f"{options.noise_rate:.0%} of responses wrong ({options.noise_kind})" if options.noise_rate else "as given"
-    return f"Instruction tuning, {data}, {noise}"
-
-
-def reading(records: list[dict[str, Any]]) -> str:
-    """What the numbers say about the regime, in plain words."""
-    plain = [record for record in records if record["arm"] == "plain"]
-    resets = [record["resets"] for record in records if record["arm"] == "reset"]
-    lines = []
-    if plain and all(record["test_loss_last"] <= record["test_loss_best"] + 0.02 for record in plain):
-        lines.append(
-            "The plain arm did not overfit: its last weights are as good as its best. Train longer, with a larger "
-            "learning rate or rank, to see what resets are for."
-        )
-    if resets and max(resets) == 0:
-        lines.append("Resets never began: validation kept improving to the end.")
-    return " ".join(lines) or "Validation turned while training went on: the regime in which resets can help."
-
-
-def samples_table(records: list[dict[str, Any]]) -> str:
-    """Prompts and clean responses, with what each arm generates, from the first seed."""
-    from hf_reset.report.tables import arms_of, markdown_table
-
-    first = [record for record in records if record["seed"] == records[0]["seed"] and record.get("samples")]
-    if not first:
-        return ""
-    arms = {arm: next(r["samples"] for r in first if r["arm"] == arm) for arm in arms_of(first)}
-    rows = []
-    for place, sample in enumerate(first[0]["samples"]):
-        texts = [sample["prompt"], sample["clean"], *(arms[arm][place]["generated"] for arm in arms)]
-        rows.append([" ".join(text.split())[:160] for text in texts])
-    return markdown_table(["prompt", "clean response", *arms], rows)
 
 
 if __name__ == "__main__":

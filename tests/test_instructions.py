@@ -6,8 +6,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_reset.corpora import train_tokenizer
+from hf_reset.diagnostics.responses import prompt_text
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.study.instructions import encode, prepare_instructions, prompt_text, prompt_texts
+from hf_reset.study.instructions import encode, prepare_instructions, prompt_texts
 
 QUESTIONS = [f"What is {row} plus one?" for row in range(60)]
 ANSWERS = [f"Take {row}. It is {row + 1}." for row in range(60)]

@@ -1,0 +1,74 @@
+"""Arms: the ways of training that a study sets beside one another, and the arguments of one run of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_reset.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training in a comparison. What it does is in its overrides alone; the name is for people.
+
+    Args:
+        name: what tables, figures and folders call it.
+        overrides: training arguments that differ from the study's, name to value.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+PLAIN = Arm("plain", {"reset_probability": 0.0})
+RESET = Arm("reset")
+
+
+def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[tuple[Arm, int]]:
+    """The (arm, seed) pairs of a recipe's study: both arms from each seed under `compare`, else the one asked for.
+
+    Args:
+        seeds: one run an arm each; at least one, none twice.
+        compare: run `PLAIN` and `RESET`.
+        resets: without `compare`, whether the arm is `RESET` (its probability is above 0) or `PLAIN`.
+
+    Raises:
+        ConfigError: no seed, or one twice; `compare` without resets.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"`seeds` must name at least one seed and none twice, got {list(seeds)}.")
+    if compare and not resets:
+        raise ConfigError("`compare` with `reset_probability` 0 sets plain beside plain. Give a reset_probability.")
+    arms = (PLAIN, RESET) if compare else (RESET,) if resets else (PLAIN,)
+    return [(arm, seed) for seed in seeds for arm in arms]
+
+
+def arguments_of(training: Any, arm: Arm, seed: int) -> Any:
+    """The arguments of one run: its own folder and seed, and what the arm overrides.
+
+    Training ends with the last step's weights in every arm, to measure them; what `reset_finish` asks for is what
+    gets saved.
+
+    Args:
+        training: `ResetTrainingArguments`, or others with `ResetArguments` in front.
+        arm: the way of training.
+        seed: of the run.
+
+    Raises:
+        ConfigError: the arm overrides something that is no training argument, or with a value it cannot have.
+    """
+    args = copy(training)
+    args.output_dir = f"{training.output_dir}/{arm.name}-seed{seed}"
+    args.seed = seed
+    args.reset_finish = "last"
+    for name, value in arm.overrides.items():
+        if not hasattr(args, name):
+            raise ConfigError(f"the arm {arm.name!r} overrides `{name}`, which is no training argument.")
+        setattr(args, name, value)
+    args.reset_config()
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # torch warns of it, each time, where there is no accelerator
+    return args

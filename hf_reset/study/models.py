@@ -1,0 +1,129 @@
+"""Models and tokenizers of a study: loaded by name with what can go wrong said in a line, and given adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hf_reset.errors import ConfigError
+
+
+def load_pretrained(
+    load: Callable[..., Any], name: str, *, argument: str = "model_name_or_path", **options: Any
+) -> Any:
+    """`load(name, **options)` of a `from_pretrained`, with what can go wrong said in a line.
+
+    Args:
+        load: the `from_pretrained`.
+        name: on the hub, or a local directory.
+        argument: name of the option it came by, for messages.
+        options: passed on.
+
+    Raises:
+        ConfigError: there is no such model or tokenizer, or it cannot be loaded.
+    """
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"`{argument}` {name!r} cannot be loaded ({str(error).splitlines()[0]}). Check the name and the "
+            "network, or give a local directory; without it a small model is built from its config."
+        ) from error
+
+
+def load_tokenizer(name: str, *, argument: str = "model_name_or_path") -> Any:
+    """A tokenizer that can pad: decoders often have no padding token, and padding is masked everywhere.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, argument=argument)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def with_lora(model: Any, task_type: str, options: Any, **more: Any) -> Any:
+    """LoRA adapters on a model whose own weights are frozen.
+
+    Args:
+        model: as loaded.
+        task_type: of PEFT, `"SEQ_CLS"` or `"CAUSAL_LM"`.
+        options: with `lora_rank`, `lora_alpha`, `lora_dropout` and `lora_target_modules`.
+        more: further fields of `LoraConfig`.
+
+    Raises:
+        ConfigError: PEFT refuses the options; its words are passed on.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    try:
+        lora = LoraConfig(
+            task_type=TaskType(task_type),
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.lora_target_modules,
+            **more,
+        )
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"`lora_*` options refused by peft: {error}") from error
+
+
+def refuse_4bit(trains_all: bool) -> None:
+    """Refuse weights in 4 bits where they cannot be had, or where they would have to be trained themselves.
+
+    Args:
+        trains_all: whether the run trains weights that are not adapters.
+
+    Raises:
+        ConfigError: there is no CUDA device, or all weights are to be trained.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "`load_in_4bit` is True, and there is no CUDA device here, without which bitsandbytes holds no weights in "
+            "4 bits. Leave it False; --dtype bfloat16 halves the memory anywhere."
+        )
+    if trains_all:
+        raise ConfigError(
+            "`load_in_4bit` is for adapters on a model named with --model_name_or_path: 4-bit weights cannot be "
+            "trained themselves. Leave it False."
+        )
+
+
+def in_4bit() -> Any:
+    """How QLoRA (Dettmers et al. 2023, arXiv 2305.14314) holds base weights: NF4, quantized twice, bfloat16 sums."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def refuse_misfit(model: Any, name: str, tokenizer: Any, tokenizer_name: str, max_length: int) -> None:
+    """Refuse a model that cannot embed what the tokenizer gives, or has no positions for rows of that length.
+
+    Raises:
+        ConfigError: its vocabulary or positions do not fit.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"the tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, and the model {name!r} embeds "
+            f"{embeddings}: they do not belong together. Give the model's own with --tokenizer_name."
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ConfigError(
+            f"`max_seq_length` is {max_length}, and the model {name!r} has {positions} positions. Give at most that "
+            "many."
+        )

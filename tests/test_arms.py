@@ -1,0 +1,59 @@
+"""Arms are values: what they override is what differs, and nothing else."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from hf_reset import ResetTrainingArguments
+from hf_reset.errors import ConfigError
+from hf_reset.study.arms import PLAIN, RESET, Arm, arguments_of, planned_runs
+
+
+def test_both_arms_share_each_seed():
+    assert planned_runs([3, 5], compare=True, resets=True) == [
+        *[(PLAIN, 3), (RESET, 3)],
+        *[(PLAIN, 5), (RESET, 5)],
+    ]
+    assert planned_runs([0], compare=False, resets=True) == [(RESET, 0)]
+    assert planned_runs([0], compare=False, resets=False) == [(PLAIN, 0)]
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_are_needed_and_differ(seeds):
+    with pytest.raises(ConfigError, match="`seeds`"):
+        planned_runs(seeds, compare=False, resets=True)
+
+
+def test_comparing_needs_resets():
+    with pytest.raises(ConfigError, match="`compare` with `reset_probability` 0"):
+        planned_runs([0], compare=True, resets=False)
+
+
+def test_a_run_differs_from_its_study_by_folder_seed_and_overrides(tmp_path):
+    study = ResetTrainingArguments(str(tmp_path), reset_probability=0.3, learning_rate=1e-3, use_cpu=True)
+    plain = arguments_of(study, PLAIN, 4)
+    assert (plain.seed, plain.reset_probability, plain.learning_rate) == (4, 0.0, 1e-3)
+    assert plain.output_dir == f"{tmp_path}/plain-seed4"
+    assert arguments_of(study, RESET, 4).reset_probability == 0.3
+    smoothed = arguments_of(study, Arm("smoothed", {"label_smoothing_factor": 0.1, "reset_scope": "head"}), 0)
+    assert (smoothed.label_smoothing_factor, smoothed.reset_config().scope) == (0.1, "head")
+    assert study.reset_probability == 0.3, "the study's own arguments stay"
+
+
+def test_an_arm_is_a_frozen_value():
+    assert Arm("plain", {"reset_probability": 0.0}) == PLAIN
+    assert len({PLAIN, RESET, Arm("reset")}) == 2
+    with pytest.raises(FrozenInstanceError):
+        PLAIN.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"reset_probabilty": 0.1}, "the arm 'odd' overrides `reset_probabilty`, which is no training argument"),
+        ({"reset_probability": 2.0}, r"`probability` must be in \[0, 1\]"),
+    ],
+)
+def test_what_an_arm_cannot_override_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        arguments_of(ResetTrainingArguments(str(tmp_path), use_cpu=True), Arm("odd", overrides), 0)
