@@ -84,6 +84,14 @@ class ResetArguments:
         default=None, metadata={"help": 'Options of that loss as JSON, such as {"q": 0.7}.'}
     )
 
+    reset_row_memory: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Remember what was predicted for each training row, for suspects(). Default: for classifiers with "
+            "one label a row."
+        },
+    )
+
     def __post_init__(self) -> None:
         # A plain dataclass in front of TrainingArguments: pass the call on where there is one to pass it to.
         parent = getattr(super(), "__post_init__", None)

@@ -4,7 +4,7 @@ forward and backward for a step whose outcome a reset discards."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,22 @@ from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
+from hf_reset.training.memory import RowMemoryMixin
 from hf_reset.training.resume import last_whole_checkpoint, refuse_other_world_size
-
-# The mixin stands in front of any Trainer; for the type checker it is one.
-_Base = Trainer if TYPE_CHECKING else object
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
 PRIVATE_HOOKS = {
-    "_run_epoch": "a run resumed from its very last step would take one step more",
+    "_run_epoch": "a run resumed from its very last step would take one step more; rows are shared after an epoch",
+    "_get_dataloader": "all loaders come through it, and only there is the sampler made apart from the data set",
+    "_prepare_for_training": "the last call before the first step that is told the checkpoint, where rows are refused",
+    "_evaluate": "rows are shared after an evaluation amid training, when callbacks have judged it",
     "_save_checkpoint": "a directory written before must not pass for whole while it is written again",
     "_save_rng_state": "the last call on every rank before `trainer_state.json`, which seals a checkpoint",
     "_load_optimizer_and_scheduler": "the only call that is told the checkpoint's directory",
 }
 
 
-class ResetTrainerMixin(_Base):
+class ResetTrainerMixin(RowMemoryMixin):
     """Put in front of any Trainer: `class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer): pass`.
 
     The configuration comes from the `reset_*` fields of the arguments (`ResetTrainingArguments`, or
@@ -44,6 +45,9 @@ class ResetTrainerMixin(_Base):
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
+
+        - A row memory of single-label classifiers, from the training forward's own logits, and `suspects()`. See
+          `RowMemoryMixin`.
 
     Raises:
         ConfigError: both a callback and `reset_*` fields were given.
