@@ -329,8 +329,6 @@ def decide(config: ResetConfig, state: ResetState, step: int, *, seed: int) -> b
     if config.max_resets is not None and state.resets >= config.max_resets:
         return False
     probability = probability_now(config, state)
-    if config.patience is None and config.policy != "luby":
-        probability /= 2**state.stretch
     if config.policy == "bernoulli":
         return uniform(seed, step) < probability
     last = state.armed_step - 1 if state.last_reset_step is None else state.last_reset_step
@@ -339,10 +337,15 @@ def decide(config: ResetConfig, state: ResetState, step: int, *, seed: int) -> b
 
 
 def probability_now(config: ResetConfig, state: ResetState) -> float:
-    """r of the next step: the user's, or the plan's ("auto"; 0 until an evaluation has told its interval)."""
+    """r of the next step: the user's, or the plan's ("auto"; 0 until an evaluation has told its interval).
+
+    Halved for each doubling of the excursions, where resets begin on evidence.
+    """
     if config.probability == "auto":
-        return (state.plan.probability if state.plan else None) or 0.0
-    return config.probability
+        probability = (state.plan.probability if state.plan else None) or 0.0
+    else:
+        probability = config.probability
+    return probability / 2**state.stretch if config.patience is None and config.policy != "luby" else probability
 
 
 def period_of(probability: float) -> int:

@@ -40,7 +40,7 @@ class StochasticResetCallback(TrainerCallback):
         distance: Euclidean distance that the live weights (a reset) or the anchor (a move) went; None for
             the first anchor. Where weights are sharded, over this rank's share.
         anchor_step: optimizer steps done when that anchor was taken.
-        probability: in a plan, r from here on; with the `excursions` and `improvements` behind it, older ones
+        probability: in a plan, the r chosen; with the `excursions` and `improvements` behind it, older ones
             counting less.
 
     A run resumed from a checkpoint in `output_dir` goes on exactly. With `ResetTrainer`, from anywhere.
@@ -222,14 +222,14 @@ class StochasticResetCallback(TrainerCallback):
 
     def _record_plan(self, state: TrainerState) -> None:
         """A choice of `probability="auto"`, where it is another than the last."""
-        plan, probability = self.reset_state.plan, probability_now(self.config, self.reset_state)
-        known = next((event["probability"] for event in reversed(self.events) if event["kind"] == "plan"), 0.0)
-        if plan is None or probability == known or self.reset_state.anchor_step is None:
+        plan = self.reset_state.plan
+        known = next((event["probability"] for event in reversed(self.events) if event["kind"] == "plan"), None)
+        if plan is None or plan.probability == known or self.reset_state.anchor_step is None:
             return
         excursions, improvements = plan.counts.excursions, sum(plan.counts.hits)
         self._record(state, "plan", None)
         for record in (self.events[-1], state.log_history[-1]):
-            record.update(probability=probability, excursions=excursions, improvements=improvements)
+            record.update(probability=plan.probability, excursions=excursions, improvements=improvements)
 
     def _record(self, state: TrainerState, kind: str, distance: float | None) -> None:
         record = {
