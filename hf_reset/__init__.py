@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_reset.anchor.scopes import select_parameters
     from hf_reset.anchor.store import AnchorStore
     from hf_reset.policy import ResetConfig
+    from hf_reset.training.advisor import ResetAdvisorCallback
     from hf_reset.training.arguments import ResetArguments, ResetTrainingArguments
     from hf_reset.training.callback import StochasticResetCallback
     from hf_reset.training.resume import last_whole_checkpoint
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnchorStore": "hf_reset.anchor.store",
+    "ResetAdvisorCallback": "hf_reset.training.advisor",
     "ResetArguments": "hf_reset.training.arguments",
     "ResetConfig": "hf_reset.policy",
     "ResetTrainer": "hf_reset.training.trainer",
@@ -35,6 +37,7 @@ _HOME = {
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
 _MODULES = (
+    "advice",
     "corpora",
     "diagnostics",
     "errors",
@@ -52,6 +55,7 @@ _MODULES = (
 
 __all__ = [
     "AnchorStore",
+    "ResetAdvisorCallback",
     "ResetArguments",
     "ResetConfig",
     "ResetTrainer",

@@ -160,9 +160,7 @@ def scope_without_effect(scope: str, distances: Sequence[float], seen: Sequence[
             f"The last {len(distances)} resets of scope {scope!r} moved nothing: its parameters do not change in "
             "training. Choose a scope that trains, see `hf-reset scopes`."
         )
-    pairs = [
-        (one.worse_by, other.worse_by) for one, other in pairwise(seen) if other.resets > one.resets
-    ]
+    pairs = [(one.worse_by, other.worse_by) for one, other in pairwise(seen) if other.resets > one.resets]
     if scope == "all" or len(pairs) < 4:
         return None
     before, after = np.array(pairs).T

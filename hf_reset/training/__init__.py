@@ -3,6 +3,7 @@
 * `metric`: which evaluation result chooses weights, and the same on every rank;
 * `callback`: the method, in any Trainer; `resume`: its anchor in a checkpoint, and which checkpoints are whole;
 * `arguments` and `trainer`: the same from the command line, with exact resume from anywhere; `sft`: for TRL;
+* `advisor`: says in the log what goes wrong with the resets;
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model; `memory`:
   what is remembered of them, and the suspects among them;
 * `best_weights`: the best evaluated weights of any run, kept in memory.

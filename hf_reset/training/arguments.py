@@ -74,6 +74,9 @@ class ResetArguments:
         default=None, metadata={"help": "Resets after which no more happen. Default: no limit."}
     )
     reset_seed: int | None = field(default=None, metadata={"help": "Seed of the draws. Default: seed."})
+    reset_advice: bool = field(
+        default=True, metadata={"help": "Say in the log, once each, what goes wrong with resets, and the remedy."}
+    )
     reset_loss: str | None = field(
         default=None,
         metadata={

@@ -223,15 +223,13 @@ class StochasticResetCallback(TrainerCallback):
     def _record_plan(self, state: TrainerState) -> None:
         """A choice of `probability="auto"`, where it is another than the last."""
         plan = self.reset_state.plan
-        known = next((event["probability"] for event in reversed(self.events) if event["kind"] == "plan"), None)
-        if plan is None or plan.probability == known or self.reset_state.anchor_step is None:
+        last = next((event["probability"] for event in reversed(self.events) if event["kind"] == "plan"), None)
+        if plan is None or plan.probability == last or self.reset_state.anchor_step is None:
             return
-        excursions, improvements = plan.counts.excursions, sum(plan.counts.hits)
-        self._record(state, "plan", None)
-        for record in (self.events[-1], state.log_history[-1]):
-            record.update(probability=plan.probability, excursions=excursions, improvements=improvements)
+        known = {"excursions": plan.counts.excursions, "improvements": sum(plan.counts.hits)}
+        self._record(state, "plan", None, probability=plan.probability, **known)
 
-    def _record(self, state: TrainerState, kind: str, distance: float | None) -> None:
+    def _record(self, state: TrainerState, kind: str, distance: float | None, **more: Any) -> None:
         record = {
             "kind": kind,
             "step": state.global_step,
@@ -239,6 +237,7 @@ class StochasticResetCallback(TrainerCallback):
             "metric": self.reset_state.anchor_metric,
             "distance": distance,
             "anchor_step": self.reset_state.anchor_step,
+            **more,
         }
         self.events.append(record)
         state.log_history.append(dict(record))

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
+from hf_reset.training.advisor import ResetAdvisorCallback
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.memory import RowMemoryMixin
@@ -76,10 +77,15 @@ class ResetTrainerMixin(RowMemoryMixin):
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, StochasticResetCallback)), None)
 
+    def _has(self, kind: type[TrainerCallback]) -> bool:
+        return any(isinstance(callback, kind) for callback in self.callback_handler.callbacks)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`."""
         if self.reset_callback is None:
             self.add_callback(StochasticResetCallback())
+        if getattr(self.args, "reset_advice", True) and not self._has(ResetAdvisorCallback):
+            self.add_callback(ResetAdvisorCallback())
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):
