@@ -340,8 +340,11 @@ def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, Any]] | Non
 class CalibratedMetrics:
     """The function that `with_calibrated_loss` returns; between two batches of an evaluation it keeps the rows."""
 
-    def __init__(self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None, *, adds_metrics: bool = True
+    ) -> None:
         self.compute_metrics = compute_metrics
+        self.adds_metrics = adds_metrics  # False: the rows alone are wanted, and the metrics stay those of the user
         self._kept: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._rows: tuple[_Floats, _Floats] | None = None
         self._has_warned = False
@@ -355,8 +358,10 @@ class CalibratedMetrics:
         logits, labels = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
         self._kept.clear()
         found = calibrated_loss(logits, labels)
-        self._warn(found, labels)
         self._rows = found.rows, _frequency_rows(labels)
+        if not self.adds_metrics:
+            return metrics
+        self._warn(found, labels)
         return metrics | dict(zip(METRIC_NAMES, (found.loss, found.wrong_labels, found.temperature), strict=True))
 
     def take_rows(self) -> tuple[_Floats, _Floats] | None:
@@ -378,7 +383,8 @@ class CalibratedMetrics:
                 "`compute_result`, but yours does not. Add the argument, or turn `batch_eval_metrics` off."
             )
         metrics = dict(self.compute_metrics(prediction, **options) or {})
-        taken = sorted(set(metrics) & {prefix + name for name in METRIC_NAMES for prefix in ("", "eval_")})
+        names = METRIC_NAMES if self.adds_metrics else ()
+        taken = sorted(set(metrics) & {prefix + name for name in names for prefix in ("", "eval_")})
         if taken:
             raise MetricError(
                 f"`compute_metrics` returns {taken[0]!r} itself, which `with_calibrated_loss` adds. Rename yours, or "

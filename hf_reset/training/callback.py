@@ -17,6 +17,7 @@ from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
+from hf_reset.training.evidence import Margins, RowEvidence, RowSource
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.resume import Progress, save_progress, saved_into, take_up
 
@@ -49,6 +50,9 @@ class StochasticResetCallback(TrainerCallback):
         config: what to reset, when, and to what; None takes `ResetConfig`'s fields as keywords.
         resume_from_checkpoint: the checkpoint directory given to `train()`, where it does not lie in
             `output_dir`: a plain callback is not told. Not needed with `ResetTrainer`.
+        rows: where evaluations leave the losses of their rows for resets to begin on evidence: the
+            `with_calibrated_loss(...)` that the Trainer has as `compute_metrics`. `ResetTrainer` sees to it by
+            itself; without rows, the sequence of the metric's values stands in.
         **fields: fields of `ResetConfig`.
 
     Raises:
@@ -59,9 +63,15 @@ class StochasticResetCallback(TrainerCallback):
     """
 
     def __init__(
-        self, config: ResetConfig | None = None, *, resume_from_checkpoint: str | None = None, **fields: Any
+        self,
+        config: ResetConfig | None = None,
+        *,
+        resume_from_checkpoint: str | None = None,
+        rows: RowSource | None = None,
+        **fields: Any,
     ) -> None:
         self.config = _configured(config, fields)
+        self.rows = rows
         self.resume_from_checkpoint = resume_from_checkpoint
         self.events: list[dict[str, Any]] = []
         self.store: AnchorStore | None = None
@@ -89,7 +99,7 @@ class StochasticResetCallback(TrainerCallback):
             run.observed_step = state.global_step
             directory, self.resume_from_checkpoint = self.resume_from_checkpoint, None
             progress = take_up(directory, self.store, self._progress(run, args), args, state)
-            self.reset_state, self.events = progress.state, progress.events
+            self.reset_state, self.events, run.evidence = progress.state, progress.events, progress.evidence
         self._run = run
 
     def on_evaluate(
@@ -104,6 +114,7 @@ class StochasticResetCallback(TrainerCallback):
         run = self._run
         if run is None or run.ended or metrics is None:
             return
+        rows = None if self.rows is None else self.rows.take_rows()
         run.watch.agree(metrics, args)
         value = run.watch.value_in(metrics)
         if value is None:
@@ -113,9 +124,18 @@ class StochasticResetCallback(TrainerCallback):
         if state.global_step == run.observed_step:
             return
         run.observed_step = state.global_step
+        margins = Margins() if rows is None else run.evidence.margins(rows[0])
         self.reset_state, moved = observe(
-            self.config, self.reset_state, value, state.global_step, greater_is_better=run.watch.greater_is_better
+            self.config,
+            self.reset_state,
+            value,
+            state.global_step,
+            greater_is_better=run.watch.greater_is_better,
+            worse=margins.worse,
+            learned=margins.learned,
         )
+        if rows is not None:
+            run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
         if moved:
             self._move_anchor(state)
         self._record_plan(state)
@@ -138,6 +158,8 @@ class StochasticResetCallback(TrainerCallback):
             self.store.restore()
             self.reset_state = self.reset_state.after_reset(state.global_step)
             self._record(state, "reset", distance)
+            if self._run is not None:
+                self._run.evidence = self._run.evidence.left()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
@@ -187,6 +209,8 @@ class StochasticResetCallback(TrainerCallback):
         if self.reset_state.anchor_step is not None and self.reset_state.anchor_metric is not None:
             report["reset/anchor_step"] = self.reset_state.anchor_step
             report["reset/anchor_metric"] = self.reset_state.anchor_metric
+        if self.reset_state.worse is not None:
+            report["reset/margin"] = self.reset_state.worse
         if resets:
             report["reset/distance"] = resets[-1]["distance"]
             report["reset/steps_since"] = step - 1 - resets[-1]["step"]
@@ -211,7 +235,7 @@ class StochasticResetCallback(TrainerCallback):
         )
 
     def _progress(self, run: _Run, args: TrainingArguments) -> Progress:
-        return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size)
+        return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
 
     def _move_anchor(self, state: TrainerState) -> None:
         distance = None
@@ -264,6 +288,7 @@ class _Run:
         seen: whether an evaluation since the last step had the metric.
         unseen: results of the evaluations since then that lacked it.
         ended: whether training is over, and further evaluations are none of its own.
+        evidence: validation rows at the anchor and since, where evaluations leave some.
     """
 
     watch: MetricWatch
@@ -273,6 +298,7 @@ class _Run:
     seen: bool = False
     unseen: set[str] = field(default_factory=set)
     ended: bool = False
+    evidence: RowEvidence = field(default_factory=RowEvidence)
 
     def begin_step(self) -> None:
         """Evaluations are complete; the next belong to another step."""

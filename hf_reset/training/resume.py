@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError
 from hf_reset.policy import ResetConfig, ResetState
+from hf_reset.training.evidence import RowEvidence
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -46,6 +47,7 @@ class Progress:
         watch: the metric that chooses anchors.
         seed: of the draws.
         world_size: number of processes.
+        evidence: validation rows at the anchor and since.
     """
 
     state: ResetState
@@ -54,6 +56,7 @@ class Progress:
     watch: MetricWatch
     seed: int
     world_size: int
+    evidence: RowEvidence = field(default_factory=RowEvidence)
 
     def metadata(self) -> dict[str, Any]:
         """What is written beside the anchor."""
@@ -63,6 +66,7 @@ class Progress:
             "seed": self.seed,
             "world_size": self.world_size,
             "config": asdict(self.config),
+            "evidence": self.evidence.as_json(),
         }
 
 
@@ -137,7 +141,8 @@ def take_up(
                 "`StochasticResetCallback(..., resume_from_checkpoint=...)`, or use `ResetTrainer`, which knows."
             )
     _say_changes(metadata, now)
-    return replace(now, state=ResetState.from_plain(metadata["state"]), events=events)
+    evidence = RowEvidence.from_json(metadata["evidence"]) if "evidence" in metadata else now.evidence
+    return replace(now, state=ResetState.from_plain(metadata["state"]), events=events, evidence=evidence)
 
 
 def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:

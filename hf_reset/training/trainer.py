@@ -17,6 +17,7 @@ from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.memory import RowMemoryMixin
 from hf_reset.training.resume import last_whole_checkpoint, refuse_other_world_size
+from hf_reset.training.validation import row_source
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
 PRIVATE_HOOKS = {
@@ -42,7 +43,10 @@ class ResetTrainerMixin(RowMemoryMixin):
         - Exact resume from a checkpoint anywhere. `train(resume_from_checkpoint=True)` takes the newest whole
           one, passing over a directory that a killed run left half written.
         - `reset/count`, `reset/anchor_step`, `reset/anchor_metric`, `reset/distance` (that the last reset
-          moved) and `reset/steps_since` in the logs, and so in TensorBoard, W&B and the rest.
+          moved), `reset/steps_since` and `reset/margin` (of validation above the anchor, in standard errors) in
+          the logs, and so in TensorBoard, W&B and the rest.
+        - `reset_metric="eval_calibrated_loss"` needs no `compute_metrics`, and resets of single-label
+          classifiers begin on the evidence of validation rows.
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
@@ -86,6 +90,9 @@ class ResetTrainerMixin(RowMemoryMixin):
             self.add_callback(StochasticResetCallback())
         if getattr(self.args, "reset_advice", True) and not self._has(ResetAdvisorCallback):
             self.add_callback(ResetAdvisorCallback())
+        assert self.reset_callback is not None
+        if self.reset_callback.rows is None:
+            self.reset_callback.rows = row_source(self, self.reset_callback.config)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):

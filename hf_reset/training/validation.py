@@ -1,0 +1,80 @@
+"""Where a Trainer's validation rows come from: its own `compute_metrics`, wrapped where need be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from hf_reset.errors import MetricError
+from hf_reset.metrics.calibrated import METRIC_NAMES, CalibratedMetrics
+from hf_reset.policy import ResetConfig
+from hf_reset.training.evidence import RowSource
+
+CALIBRATED = METRIC_NAMES[0]
+_LABELS = ("labels", "label", "label_ids")
+
+
+def row_source(trainer: Trainer, config: ResetConfig) -> RowSource | None:
+    """Have the Trainer's evaluations leave the losses of their rows behind, where something asks for them.
+
+    `config.metric` "calibrated_loss" puts `with_calibrated_loss` around `compute_metrics`. Resets that begin on
+    evidence do the same for single-label classifiers, but add nothing to the metrics then.
+
+    Args:
+        trainer: its `compute_metrics` is wrapped.
+        config: what asks.
+
+    Returns:
+        What hands the rows over; None where nobody asks, or there are none to be had.
+
+    Raises:
+        MetricError: the calibrated loss is to choose anchors, and `prediction_loss_only` keeps the logits away.
+    """
+    own: Any = trainer.compute_metrics
+    by_name = (config.metric or trainer.args.metric_for_best_model or "").removeprefix("eval_") == CALIBRATED
+    if by_name and trainer.args.prediction_loss_only:
+        raise MetricError(
+            f'`metric` "eval_{CALIBRATED}" is worked out from logits, and `prediction_loss_only` is True. Set it to '
+            'False, or choose anchors by "eval_loss".'
+        )
+    if isinstance(own, CalibratedMetrics):
+        return own
+    asked = by_name or (config.can_reset and config.patience is None and _has_class_rows(trainer))
+    if not asked:
+        return None
+    source = CalibratedMetrics(own, adds_metrics=by_name)
+    trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
+    return source
+
+
+def _has_class_rows(trainer: Trainer) -> bool:
+    """Whether evaluations give one row of logits and one class number an example, as far as can be told before."""
+    if trainer.args.prediction_loss_only or trainer.args.batch_eval_metrics or trainer.eval_dataset is None:
+        return False
+    if isinstance(trainer.eval_dataset, dict) or trainer.preprocess_logits_for_metrics is not None:
+        return False
+    return is_single_label_classifier(trainer.model) and _label_is_class(trainer.eval_dataset)
+
+
+def is_single_label_classifier(model: Any) -> bool:
+    """Whether a model classifies whole texts into one of several classes; looks through PEFT and other wrappers."""
+    known = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    classifies = any(base.__name__ in known for module in model.modules() for base in type(module).__mro__)
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    return classifies and getattr(config, "num_labels", 0) >= 2 and kind in (None, "single_label_classification")
+
+
+def _label_is_class(dataset: Any) -> bool:
+    """Whether the first row's label is one whole number; False where it cannot be looked at."""
+    try:
+        row = dataset[0]
+        label = next(row[name] for name in _LABELS if name in row)
+    except (StopIteration, TypeError, KeyError, IndexError):
+        return False
+    if getattr(label, "ndim", 0) != 0:
+        return False
+    value = label.item() if hasattr(label, "item") else label
+    return isinstance(value, int) and not isinstance(value, bool)
