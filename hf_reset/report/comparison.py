@@ -1,0 +1,254 @@
+"""The table and the figure of a comparison: every method beside the stronger best checkpoint of plain training.
+
+The baseline is what a user has already: plain training, and the checkpoint that noisy validation chooses by its
+loss or by its accuracy, whichever is better on that setting over its seeds. Other methods are read likewise; those
+with resets or refinement by the calibrated loss, everywhere alike, since it is what they are run with.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_reset.errors import DataError
+from hf_reset.report.tables import markdown_table, mean_and_sd
+
+Record = Mapping[str, Any]
+
+CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
+_TIE = 0.005  # of accuracy: differences below half a point count as none
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in the table.
+
+    Attributes:
+        arm: its name.
+        reading: what chose its checkpoint: "loss", "accuracy", "calibrated", "last", or "loss/accuracy" for the
+            stronger of the two on each setting.
+        cells: setting to the clean test accuracies of its seeds, seed to value.
+    """
+
+    arm: str
+    reading: str
+    cells: Mapping[str, Mapping[int, float]]
+
+    def mean(self, setting: str) -> float:
+        """Mean over the seeds of a setting."""
+        return statistics.fmean(self.cells[setting].values())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method less the baseline, over the settings and seeds that both have, in points of accuracy (0 to 100).
+
+    Attributes:
+        mean: over settings, each the mean of its seeds.
+        low: lower end of the 95 % bootstrap interval; settings, and seeds within them, are drawn again.
+        high: its upper end.
+        wins: settings ahead by half a point and more.
+        ties: within half a point.
+        losses: behind.
+        worst: the setting furthest behind, in points.
+    """
+
+    mean: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    worst: float
+
+
+def settings_of(records: Sequence[Record]) -> list[str]:
+    """Names of the settings, in the order in which they first appear."""
+    return list(dict.fromkeys(record["setting"]["name"] for record in records))
+
+
+def line(records: Sequence[Record], arm: str, reading: str) -> Line:
+    """One method, read by `reading` ("loss/accuracy": the stronger on each setting, by its mean over seeds).
+
+    Raises:
+        DataError: the study has no record of that method.
+    """
+    cells: dict[str, Mapping[int, float]] = {}
+    for setting in settings_of(records):
+        of_cell = [one for one in records if one["setting"]["name"] == setting and one["arm"] == arm]
+        if of_cell:
+            ways = [
+                {one["seed"]: one["test_accuracy"][way] for one in of_cell}
+                for way in reading.split("/")
+                if all(one["test_accuracy"].get(way) is not None for one in of_cell)
+            ]
+            if ways:
+                cells[setting] = max(ways, key=lambda values: statistics.fmean(values.values()))
+    if not cells:
+        raise DataError(f"the study has no record of the arm {arm!r} with a reading by {reading!r}.")
+    return Line(arm, reading, cells)
+
+
+def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: int = 0) -> Difference | None:
+    """A method less the baseline, paired by setting and seed; None where they share none.
+
+    Args:
+        method: the one.
+        baseline: the other.
+        settings: those to take in.
+        seed: of the bootstrap's draws.
+    """
+    pairs = []
+    for setting in settings:
+        mine, other = method.cells.get(setting, {}), baseline.cells.get(setting, {})
+        shared = sorted(mine.keys() & other.keys())
+        if shared:
+            pairs.append(100 * np.array([mine[one] - other[one] for one in shared]))
+    if not pairs:
+        return None
+    means = np.array([values.mean() for values in pairs])
+    rng = np.random.default_rng(seed)
+    resampled = np.array(
+        [values[rng.integers(len(values), size=(_RESAMPLES, len(values)))].mean(1) for values in pairs]
+    )
+    drawn = rng.integers(len(pairs), size=(_RESAMPLES, len(pairs)))
+    overall = resampled[drawn, np.arange(_RESAMPLES)[:, None]].mean(1)
+    low, high = np.percentile(overall, [2.5, 97.5])
+    return Difference(
+        float(means.mean()),
+        float(low),
+        float(high),
+        int((means > 100 * _TIE).sum()),
+        int((np.abs(means) <= 100 * _TIE).sum()),
+        int((means < -100 * _TIE).sum()),
+        float(means.min()),
+    )
+
+
+def lines_of(records: Sequence[Record]) -> list[Line]:
+    """The rows of the table: plain training's readings first, then each method by its own."""
+    found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", "calibrated")]
+    for arm in dict.fromkeys(record["arm"] for record in records):
+        if arm != "plain":
+            ours = any(record["is_ours"] for record in records if record["arm"] == arm)
+            found.append(line(records, arm, "calibrated" if ours else "/".join(CLASSIC)))
+    return found
+
+
+def baseline_of(records: Sequence[Record]) -> Line:
+    """The stronger best checkpoint of plain training, on each setting."""
+    return line(records, "plain", "/".join(CLASSIC))
+
+
+def comparison_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
+    """Markdown: a row a method, a column a setting, and its difference to the best checkpoint.
+
+    Args:
+        records: of the study.
+        settings: the columns; None: all.
+    """
+    settings = settings_of(records) if settings is None else settings
+    baseline = baseline_of(records)
+    headings = ["method", "checkpoint by", *settings, "to best checkpoint (95 %)", "won / tied / lost", "seconds"]
+    rows = []
+    for one in lines_of(records):
+        cells = [_cell(one.cells.get(setting)) for setting in settings]
+        gap = difference(one, baseline, settings)
+        seconds = mean_and_sd([r.get("train_seconds") for r in records if r["arm"] == one.arm])
+        rows.append(
+            [
+                one.arm,
+                one.reading,
+                *cells,
+                "–" if gap is None else f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
+                "–" if gap is None else f"{gap.wins} / {gap.ties} / {gap.losses}",
+                "–" if seconds is None else f"{seconds[0]:.0f}",
+            ]
+        )
+    return markdown_table(headings, rows)
+
+
+def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
+    """Markdown: AUROC of each method's suspects against the labels that are known to be wrong."""
+    settings = settings_of(records) if settings is None else settings
+    arms = [
+        arm
+        for arm in dict.fromkeys(record["arm"] for record in records)
+        if any(_auroc(record) is not None for record in records if record["arm"] == arm)
+    ]
+    rows = []
+    for arm in arms:
+        of_arm = [record for record in records if record["arm"] == arm]
+        for key, what in (("suspects_auroc", "row memory"), ("loss_auroc", "loss at best checkpoint")):
+            cells = [
+                _number(mean_and_sd([r.get(key) for r in of_arm if r["setting"]["name"] == setting]))
+                for setting in settings
+            ]
+            if any(cell != "–" for cell in cells):
+                rows.append([arm, record_what(of_arm, key, what), *cells])
+    return markdown_table(["method", "ranked by", *settings], rows)
+
+
+def record_what(records: Sequence[Record], key: str, otherwise: str) -> str:
+    """What ranked the rows, where a record says so itself (as cleanlab's do)."""
+    return next(
+        (record["ranked_by"] for record in records if key == "suspects_auroc" and "ranked_by" in record), otherwise
+    )
+
+
+def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
+    """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    baseline, settings = baseline_of(records), settings_of(records)
+    lines = [one for one in lines_of(records) if (one.arm, one.reading) != ("plain", "last")]
+    figure = Figure(figsize=(8.5, 0.42 * len(lines) + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+    for height, one in enumerate(reversed(lines)):
+        for place, setting in enumerate(settings):
+            mine, other = one.cells.get(setting, {}), baseline.cells.get(setting, {})
+            points = [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
+            offset = 0.5 * ((place + 0.5) / len(settings) - 0.5)
+            colour = palette[place % len(palette)]
+            axis.plot(points, [height + offset] * len(points), "o", ms=3.5, alpha=0.7, color=colour, mew=0)
+        gap = difference(one, baseline, settings)
+        if gap is not None:
+            axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
+            axis.plot([gap.mean], [height], "D", color="black", ms=5)
+    axis.axvline(0, color="black", lw=0.8, ls=":")
+    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
+    axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
+    handles = [
+        axis.plot([], [], "o", ms=4, mew=0, color=palette[place % len(palette)], label=setting)[0]
+        for place, setting in enumerate(settings)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _cell(seeds: Mapping[int, float] | None) -> str:
+    return "–" if not seeds else _number(mean_and_sd(list(seeds.values())))
+
+
+def _number(spread: tuple[float, float | None] | None) -> str:
+    if spread is None:
+        return "–"
+    return f"{spread[0]:.3f}" + ("" if spread[1] is None else f" ± {spread[1]:.3f}")
+
+
+def _auroc(record: Record) -> float | None:
+    return record.get("suspects_auroc") or record.get("loss_auroc")
