@@ -1,6 +1,7 @@
-"""The command line: what each scope would reset on a model, and how to reset next time after a run.
+"""The command line: what each scope would reset on a model, and how to reset next time after a run,
+and what a study found.
 
-`hf-reset scopes MODEL_DIR`, `hf-reset plan OUTPUT_DIR`.
+`hf-reset scopes MODEL_DIR`, `hf-reset plan OUTPUT_DIR`, `hf-reset compare DIR`.
 """
 
 from __future__ import annotations
@@ -42,16 +43,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--min_delta", type=float, default=0.0, help="how much better a new best must be")
     plan.add_argument("--seed", type=int, default=0, help="of the bootstrap behind the ranges")
     plan.add_argument("--picture", metavar="FILE", help="where the picture goes. Default: OUTPUT_DIR/reset_plan.png")
+    compare = commands.add_parser(
+        "compare",
+        help="set the methods of a study beside the best checkpoint of plain training",
+        description="Print a study's table, and write it and its figure into its folder.",
+    )
+    compare.add_argument("folder", metavar="DIR", help="records, such as recipes/results/studies/comparison")
+    compare.add_argument("--settings", nargs="+", metavar="NAME", help="columns of the table. Default: all")
     options = parser.parse_args(argv)
     try:
         if options.command == "plan":
             print(plan_report(**{name: value for name, value in vars(options).items() if name != "command"}))
+        elif options.command == "compare":
+            print(comparison_report(options.folder, options.settings))
         else:
             print(scope_table(options.model_dir, options.scope or [], names=options.names))
     except ResetError as error:
         print(f"hf-reset: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str:
+    """The tables of a study's records; with its figure they are also written into its folder.
+
+    Args:
+        folder: of records, one JSON a run.
+        settings: names of the columns; None: all.
+
+    Raises:
+        ConfigError: there are no records, or none of a setting that was named, or matplotlib is not installed.
+    """
+    from hf_reset.files import write_atomic
+    from hf_reset.report.comparison import comparison_table, plot_comparison, settings_of, suspects_table
+    from hf_reset.study.comparison import read_records
+
+    records = read_records(folder)
+    known = settings_of(records)
+    if odd := sorted(set(settings or ()) - set(known)):
+        raise ConfigError(f"`settings` {odd[0]!r} is not in the study; it has {', '.join(known)}.")
+    chosen = list(settings or known)
+    records = [record for record in records if record["setting"]["name"] in chosen]
+    seeds = len({record["seed"] for record in records})
+    parts = [
+        f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
+        "setting and seed, in points, with a 95 % bootstrap interval.",
+        comparison_table(records, chosen),
+        "Area under the ROC curve of the suspects against the labels known to be wrong:",
+        suspects_table(records, chosen),
+    ]
+    text = "\n\n".join(parts)
+    write_atomic(Path(folder) / "table.md", text + "\n")
+    plot_comparison(records, Path(folder) / "comparison.png")
+    return text
 
 
 def plan_report(

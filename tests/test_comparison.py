@@ -1,0 +1,165 @@
+"""Studies of many methods: the plan's order, who takes which run, and the figures of the table by hand."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hf_reset.cli import main
+from hf_reset.errors import ConfigError, DataError
+from hf_reset.report.comparison import baseline_of, comparison_table, difference, line, lines_of, suspects_table
+from hf_reset.study.arms import PLAIN, RESET, Arm
+from hf_reset.study.comparison import Plan, Run, Setting, claim, pending, read_records, record_path
+
+TREC, NEWS = Setting("trec", "symmetric", 0.4), Setting("ag_news", "pair", 0.4)
+
+
+def plan(**more):
+    return Plan(**{"defaults": {}, "settings": [TREC, NEWS], "arms": [PLAIN, RESET], "seeds": [0, 1], **more})
+
+
+def test_names_say_data_and_noise():
+    assert TREC.name == "trec-symmetric40"
+    assert Setting("wrench_trec", "real").name == "wrench_trec-real"
+    assert Setting("trec").name == "trec-clean"
+
+
+def test_stages_come_in_order_and_no_run_twice():
+    stages = [{"arms": ["reset"], "settings": ["ag_news-pair40"]}, {}]
+    names = [run.name for run in plan(stages=stages).runs()]
+    assert names[:2] == ["ag_news-pair40--reset--seed0", "ag_news-pair40--reset--seed1"]
+    assert len(names) == len(set(names)) == 8
+
+
+def test_what_is_there_is_skipped(tmp_path):
+    first, *rest = plan().runs()
+    record_path(tmp_path, first).write_text("{}")
+    assert pending(plan(), tmp_path) == rest
+    assert claim(tmp_path, first) is None
+
+
+def test_a_claim_holds_while_its_process_lives(tmp_path):
+    run = Run(TREC, PLAIN, 0)
+    mark = claim(tmp_path, run)
+    assert mark is not None
+    assert claim(tmp_path, run) is None
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    mark.write_text(gone.stdout.decode())
+    assert claim(tmp_path, run) == mark
+    assert mark.read_text() == str(os.getpid())
+
+
+def test_a_plan_in_yaml(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(
+        "defaults: {max_steps: 3}\nsettings: [{dataset: trec, noise_kind: symmetric, noise_rate: 0.4}]\n"
+        "arms: {plain: , reset: {reset_probability: 0.1}}\nseeds: [0]\nstages: [{arms: [plain]}]\n"
+    )
+    read = Plan.read(file)
+    assert read.arms == [Arm("plain"), Arm("reset", {"reset_probability": 0.1})]
+    assert [run.name for run in read.runs()] == ["trec-symmetric40--plain--seed0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [0]\n", "It needs `defaults`, `settings`, `arms` and `seeds`"),
+        ("[", "cannot be read"),
+        (
+            "defaults: {}\nsettings: []\narms: {plain: {}}\nseeds: [0]\nstages: [{arms: [plane]}]\n",
+            "a stage with arms 'plane', which it has not",
+        ),
+        ("defaults: {}\nsettings: [{data: x}]\narms: {}\nseeds: []\n", "cannot be read"),
+    ],
+)
+def test_a_plan_that_is_none(tmp_path, text, message):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Plan.read(tmp_path / "plan.yaml")
+
+
+def test_the_committed_plan_reads(request):
+    path = request.config.rootpath / "recipes/studies/plans/comparison.yaml"
+    runs = list(Plan.read(path).runs())
+    assert len(runs) == len({run.name for run in runs})
+    assert runs[0].arm.name == "plain"  # the baseline of everything
+
+
+def record(setting, arm, seed, ours=False, **accuracy):
+    return {
+        "setting": {"name": setting},
+        "arm": arm,
+        "seed": seed,
+        "is_ours": ours,
+        "train_seconds": 10.0,
+        "test_accuracy": accuracy,
+    }
+
+
+RECORDS = [
+    record("a", "plain", 0, last=0.5, loss=0.80, accuracy=0.70, calibrated=0.8),
+    record("a", "plain", 1, last=0.5, loss=0.80, accuracy=0.84, calibrated=0.8),
+    record("b", "plain", 0, last=0.6, loss=0.50, accuracy=0.60, calibrated=0.6),
+    record("b", "plain", 1, last=0.6, loss=0.54, accuracy=0.60, calibrated=0.6),
+    record("a", "reset", 0, ours=True, last=0.9, loss=0.1, accuracy=0.1, calibrated=0.90),
+    record("a", "reset", 1, ours=True, last=0.9, loss=0.1, accuracy=0.1, calibrated=0.88),
+    record("b", "reset", 0, ours=True, last=0.9, loss=0.1, accuracy=0.1, calibrated=0.59),
+]
+
+
+def test_the_baseline_is_the_stronger_choice_on_each_setting():
+    baseline = baseline_of(RECORDS)
+    assert baseline.cells["a"] == {0: 0.80, 1: 0.80}  # mean 0.80 by loss, 0.77 by accuracy: no seed picks its own
+    assert baseline.cells["b"] == {0: 0.60, 1: 0.60}
+
+
+def test_the_difference_is_paired_by_setting_and_seed():
+    ours = next(one for one in lines_of(RECORDS) if one.arm == "reset")
+    assert ours.reading == "calibrated"
+    gap = difference(ours, baseline_of(RECORDS), ["a", "b"])
+    assert gap.mean == pytest.approx((9.0 - 1.0) / 2)  # points: (10 + 8) / 2 on a, seed 0 alone on b
+    assert (gap.wins, gap.ties, gap.losses) == (1, 0, 1)
+    assert gap.worst == pytest.approx(-1.0)
+    assert gap.low <= gap.mean <= gap.high
+    assert difference(ours, baseline_of(RECORDS), ["nowhere"]) is None
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """95 % nominal; settings are few, so a bootstrap over them is known to fall short: at least 85 %."""
+    rng, hits, runs = np.random.default_rng(0), 0, 60
+    for draw in range(runs):
+        records = []
+        for setting in range(12):
+            effect = rng.normal(0.03, 0.02)
+            for seed in range(3):
+                base = 0.7 + rng.normal(0, 0.01)
+                records.append(record(f"s{setting}", "plain", seed, loss=base, accuracy=0.0))
+                value = base + effect + rng.normal(0, 0.01)
+                records.append(record(f"s{setting}", "reset", seed, ours=True, calibrated=value))
+        gap = difference(
+            line(records, "reset", "calibrated"), baseline_of(records), [f"s{k}" for k in range(12)], seed=draw
+        )
+        hits += gap.low <= 3.0 <= gap.high
+    assert hits / runs > 0.95 - 0.1 - 3 * np.sqrt(0.95 * 0.05 / runs)
+
+
+def test_an_arm_that_was_not_run_is_said():
+    with pytest.raises(DataError, match="no record of the arm 'ema'"):
+        line(RECORDS, "ema", "loss")
+
+
+def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
+    for number, one in enumerate(RECORDS):
+        name = f"{one['setting']['name']}--{one['arm']}--seed{number}"
+        (tmp_path / f"{name}.json").write_text(json.dumps({**one, "suspects_auroc": 0.9 if number else 0.8}))
+    assert main(["compare", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert comparison_table(read_records(tmp_path)) in printed
+    assert suspects_table(read_records(tmp_path)) in printed
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    assert main(["compare", str(tmp_path), "--settings", "c"]) == 2
+    assert "`settings` 'c' is not in the study; it has a, b." in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "empty")]) == 2
