@@ -56,10 +56,10 @@ def test_training_is_bit_identical_with_and_without(tmp_path):
 
 def test_columns_are_those_of_the_model_inside_a_wrapper():
     """A wrapper's forward takes anything: under FSDP1 the Trainer hands the wrapped model to callbacks."""
-    from hf_reset.diagnostics.label_memory import _accepted_columns
+    from hf_reset.diagnostics.label_memory import accepted_columns
 
     columns = ["input_ids", "attention_mask", "labels", "clean_label"]
-    assert _accepted_columns(torch.nn.DataParallel(tiny.bert()), columns) == ["input_ids", "attention_mask"]
+    assert accepted_columns(torch.nn.DataParallel(tiny.bert()), columns) == ["input_ids", "attention_mask"]
 
 
 class Asks(TrainerCallback):

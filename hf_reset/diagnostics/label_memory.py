@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from transformers import (
 )
 
 from hf_reset.anchor.scopes import unwrapped
-from hf_reset.diagnostics.modes import evaluation_mode
+from hf_reset.diagnostics.modes import evaluation_mode, generators_kept
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.metrics.functions import label_memory
 
@@ -85,11 +83,11 @@ class LabelMemoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the batches once."""
-        collate = self.data_collator or _default_collator(kwargs.get("processing_class"))
-        accepted = _accepted_columns(kwargs["model"], self.rows.column_names)
+        collate = self.data_collator or default_collator_of(kwargs.get("processing_class"))
+        accepted = accepted_columns(kwargs["model"], self.rows.column_names)
         whole = self.rows.select_columns(accepted).with_format(None).to_list()
         starts = range(0, len(whole), self.batch_size)
-        with _generators_kept(args.device):
+        with generators_kept(args.device):
             batches = [collate(whole[start : start + self.batch_size]) for start in starts]
         self._batches = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
 
@@ -102,7 +100,7 @@ class LabelMemoryCallback(TrainerCallback):
 
     def _predict(self, model: nn.Module, device: torch.device) -> list[int]:
         predictions: list[int] = []
-        with evaluation_mode(model), _generators_kept(device):
+        with evaluation_mode(model), generators_kept(device):
             for batch in self._batches:
                 outputs = model(**{name: tensor.to(device) for name, tensor in batch.items()})
                 logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -131,12 +129,13 @@ def _sample_mislabelled(dataset: Dataset, sample: int, seed: int) -> Dataset:
     return dataset.select(np.sort(chosen))
 
 
-def _default_collator(processing_class: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+def default_collator_of(processing_class: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Pads with the Trainer's tokenizer, or stacks where it has none."""
     has_padding = hasattr(processing_class, "pad")
     return DataCollatorWithPadding(processing_class) if has_padding else default_data_collator
 
 
-def _accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
+def accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
     """The columns that the model's forward names, without labels (no loss is wanted)."""
     inner: Any = unwrapped(model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
@@ -148,15 +147,3 @@ def _accepted_columns(model: nn.Module, columns: Sequence[str]) -> list[str]:
             f"{', '.join(named)}. Tokenize it as the training set is."
         )
     return accepted
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Collators and models that draw random numbers draw none of the training's."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)

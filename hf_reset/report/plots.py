@@ -96,6 +96,45 @@ def plot_runs(
     return path
 
 
+def curves_figure(
+    records: Sequence[Mapping[str, Any]],
+    panels: Sequence[tuple[str, str, Mapping[str, str | tuple[str, str]]]],
+    path: str | Path,
+) -> Path:
+    """Draw what a diagnostic logged in one run, against the step, and write it to `path`; returns the path.
+
+    Args:
+        records: with `step` and the named values, in order.
+        panels: of each its title, the vertical axis' label, and the lines: what the legend says, and the key of the
+            value; or two keys, of the lower and upper edge of a band.
+        path: where the picture goes, its suffix says the format; its folder is made if need be.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
+    FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
+    for axis, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, keys in lines.items():
+            first, last = (keys, keys) if isinstance(keys, str) else keys
+            points = [(r["step"], r[first], r[last]) for r in records if first in r and last in r]
+            steps, low, high = zip(*points, strict=True) if points else ((), (), ())
+            if first == last:
+                axis.plot(steps, low, label=label, linewidth=1.4)
+            else:
+                axis.fill_between(steps, low, high, label=label, alpha=0.2)
+        axis.axhline(0, color="#999999", linewidth=0.6)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("optimizer step", fontsize=9)
+        axis.set_ylabel(unit, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=7)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Any]) -> None:
     for arm, (colour, dash) in styles.items():
         of_arm = [record for record in records if record["arm"] == arm]

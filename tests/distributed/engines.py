@@ -27,6 +27,7 @@ from worker import (
 )
 
 from hf_reset import ResetTrainer, ResetTrainingArguments, last_whole_checkpoint
+from hf_reset.diagnostics import ExcursionDiffusionCallback
 
 MODES = {"ddp": {}, "fsdp": FSDP, "fsdp1": FSDP1}
 RESETS = {"reset_probability": 0.5, "reset_patience": 0}
@@ -98,6 +99,12 @@ def auto(folder: Path):
     again = trainer_for(folder, "ddp", **settings | {"save_strategy": "no"})
     again.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
     return {"runs": [(t.reset_callback.events, t.reset_callback.reset_state.plan) for t in (trainer, again)]}
+
+
+def unwatched(folder: Path):
+    """Diagnostics that need the weights whole, where they are shared out."""
+    watch = ExcursionDiffusionCallback()
+    return raised(trainer_for(folder, "fsdp", callbacks=[watch], max_steps=3).train)
 
 
 def held(mode, folder: Path, **more):
@@ -227,7 +234,13 @@ def other_world(folder: Path):
 
 
 def checks():
-    each = {"ddp-auto": auto, "fsdp1-flat": flat, "fsdp1-lost-state": lost_state, "fsdp1-other-world": other_world}
+    each = {
+        "ddp-auto": auto,
+        "fsdp-unwatched": unwatched,
+        "fsdp1-flat": flat,
+        "fsdp1-lost-state": lost_state,
+        "fsdp1-other-world": other_world,
+    }
     for mode in MODES:
         each[f"{mode}-trajectory"] = partial(trajectory, mode)
         each[f"{mode}-resume-all"] = partial(resume, mode, "all", (3, 6, 9, 12))

@@ -24,7 +24,7 @@ def of_two(tmp_path_factory, of_four):
     folder = tmp_path_factory.mktemp("two")
     names = [f"{mode}-{check}" for mode in MODES for check in OF_TWO]
     names += [f"{mode}-taken-up" for mode in RESHARDED]
-    names += ["ddp-auto", "fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
+    names += ["ddp-auto", "fsdp-unwatched", "fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
     return results(launch(HERE / "engines.py", folder, *names, OF_FOUR=str(of_four[0])), folder)
 
 
@@ -195,6 +195,12 @@ def test_fsdp1_refuses_another_number_of_processes_with_the_remedy(of_two):
         refused = checks["fsdp1-other-world"]["text"]
         assert "written by 4 processes, and this run has 2" in refused, rank
         assert "resume with 4 processes" in refused
+
+
+def test_diagnostics_of_whole_weights_refuse_shares_in_words(of_two):
+    for checks in of_two:
+        assert checks["fsdp-unwatched"]["kind"] == "UnsupportedError"
+        assert "ExcursionDiffusionCallback needs the weights whole" in checks["fsdp-unwatched"]["text"]
 
 
 def test_a_flat_parameter_is_reset_whole(of_two):
