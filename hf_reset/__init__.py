@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_reset.training.advisor import ResetAdvisorCallback
     from hf_reset.training.arguments import ResetArguments, ResetTrainingArguments
     from hf_reset.training.callback import StochasticResetCallback
-    from hf_reset.training.resume import last_whole_checkpoint
+    from hf_reset.training.checkpoints import last_whole_checkpoint
     from hf_reset.training.trainer import ResetTrainer, ResetTrainerMixin
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOME = {
     "ResetTrainerMixin": "hf_reset.training.trainer",
     "ResetTrainingArguments": "hf_reset.training.arguments",
     "StochasticResetCallback": "hf_reset.training.callback",
-    "last_whole_checkpoint": "hf_reset.training.resume",
+    "last_whole_checkpoint": "hf_reset.training.checkpoints",
     "select_parameters": "hf_reset.anchor.scopes",
 }
 

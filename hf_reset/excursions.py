@@ -17,6 +17,8 @@ import numpy as np
 
 from hf_reset.errors import DataError
 
+EVENTS = "StochasticResetCallback.events"  # among the `stateful_callbacks` of a `trainer_state.json`; no class's name
+
 
 @dataclass(frozen=True)
 class Excursion:
@@ -43,7 +45,7 @@ def excursions_of(
     """The excursions in a Trainer's log history, with or without resets in it, oldest first.
 
     Args:
-        log_history: `log_history` of a `trainer_state.json`. Records with `kind` "reset" are this package's.
+        log_history: what `read_log` gives: Trainer's log history, and this package's records with a `kind`.
         metric: the evaluation result that says what is better, with its prefix.
         greater_is_better: its direction.
         min_delta: how much better a new best must be, in its units.
@@ -102,7 +104,7 @@ def evaluation_interval(log_history: Sequence[Mapping[str, Any]], metric: str = 
 
 
 def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The log history of a run: of `trainer_state.json` in the directory, or of its newest checkpoint.
+    """The log history of a run and its resets: of `trainer_state.json` in the directory, or of its newest checkpoint.
 
     Raises:
         DataError: there is none, it cannot be read, or another program wrote it.
@@ -123,4 +125,23 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
     history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list) or not all(isinstance(record, dict) for record in history):
         raise DataError(f"{str(file)!r} has no `log_history`: another program than Trainer wrote it.")
-    return history
+    return with_events(history, recorded_events(content.get("stateful_callbacks")))
+
+
+def recorded_events(stateful_callbacks: Any) -> list[dict[str, Any]]:
+    """The audit trail among what Trainer saved of its callbacks."""
+    return list((stateful_callbacks or {}).get(EVENTS, []))
+
+
+def with_events(log_history: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trainer's records and this package's events in the order in which they came about.
+
+    An anchor moves after the evaluation at its step was logged; a reset ends the step with its index, which comes
+    after all that is logged when so many steps are done.
+    """
+
+    def when(record: dict[str, Any]) -> tuple[int, int]:
+        kind = record.get("kind")
+        return record.get("step", 0), 2 if kind == "reset" else 1 if kind else 0
+
+    return sorted([*log_history, *events], key=when)

@@ -12,6 +12,7 @@ from tiny import CLASSES, TRAIN, VALIDATION, arguments, bert, callback, reset_ru
 from transformers import Trainer
 
 from hf_reset.diagnostics import LabelMemoryCallback
+from hf_reset.excursions import recorded_events, with_events
 from hf_reset.training.advisor import ResetAdvisorCallback
 
 
@@ -43,9 +44,10 @@ def advised(folder, reset, *, train=TRAIN, validation=VALIDATION, metrics=None, 
         compute_metrics=metrics,
     )
     trainer.train()
-    records = [record for record in trainer.state.log_history if record.get("kind") == "advice"]
+    log = with_events(trainer.state.log_history, recorded_events(trainer.state.stateful_callbacks))
+    records = [record for record in log if record.get("kind") == "advice"]
     assert len({record["name"] for record in records}) == len(records)  # once each
-    return {record["name"]: record["message"] for record in records}, trainer.state.log_history
+    return {record["name"]: record["message"] for record in records}, log
 
 
 def test_resets_too_frequent(tmp_path, caplog):
@@ -164,7 +166,8 @@ def test_a_resumed_run_says_nothing_twice(tmp_path):
         callbacks=[callback(probability=0.9), ResetAdvisorCallback()],
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-100"))
-    after = [record["name"] for record in trainer.state.log_history if record.get("kind") == "advice"]
+    saved = recorded_events(trainer.state.stateful_callbacks)
+    after = [record["name"] for record in saved if record["kind"] == "advice"]
     assert after.count("too_frequent") == 1
 
 
@@ -179,7 +182,8 @@ def test_reset_trainer_brings_it_along(tmp_path, advice):
         max_steps=100,
         lr_scheduler_type="constant",
     )
-    assert any(record.get("kind") == "advice" for record in trainer.state.log_history) == advice
+    saved = recorded_events(trainer.state.stateful_callbacks)
+    assert any(record["kind"] == "advice" for record in saved) == advice
 
 
 def test_without_resets_there_is_no_advice(tmp_path):
@@ -187,6 +191,6 @@ def test_without_resets_there_is_no_advice(tmp_path):
         bert(), arguments(tmp_path), train_dataset=TRAIN, eval_dataset=VALIDATION, callbacks=[ResetAdvisorCallback()]
     )
     trainer.train()
-    assert not [record for record in trainer.state.log_history if "kind" in record]
+    assert not recorded_events(trainer.state.stateful_callbacks)
     with pytest.raises(AttributeError):
         _ = trainer.state._stochastic_reset_callback

@@ -1,6 +1,7 @@
 """The callback in every set-up of the Trainer that it must be right in, and what it refuses."""
 
 import itertools
+import json
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_reset import ResetConfig, StochasticResetCallback
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, ScopeError
+from hf_reset.excursions import recorded_events
 from hf_reset.training.metric import MetricWatch
 
 
@@ -135,12 +137,28 @@ def test_evaluating_outside_of_training_moves_nothing(tmp_path):
     assert reset.events == before
 
 
-def test_events_are_in_the_log_history(tmp_path):
+def test_events_are_saved_with_the_trainers_state_and_not_among_its_logs(tmp_path):
     reset = callback()
     trainer, _ = plain_run(tmp_path, callback=reset)
-    logged = [record for record in trainer.state.log_history if "kind" in record]
-    assert logged == reset.events
-    assert {"kind", "step", "metric", "distance"} <= logged[0].keys()
+    trainer.save_state()
+    saved = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert recorded_events(saved["stateful_callbacks"]) == reset.events
+    assert {"kind", "step", "metric", "distance"} <= reset.events[0].keys()
+    assert not any("kind" in record for record in trainer.state.log_history)
+
+
+def without_times(trainer):
+    timed = ("runtime", "per_second")
+    return [{k: v for k, v in r.items() if not any(t in k for t in timed)} for r in trainer.state.log_history]
+
+
+def test_records_of_the_log_lie_where_the_plain_trainer_has_them(tmp_path):
+    """Code that takes them by position finds the same kind of record; with nothing to reset, the same record."""
+    plain, _ = plain_run(tmp_path / "plain")
+    resets, _ = plain_run(tmp_path / "resets", callback=callback())
+    idle, _ = plain_run(tmp_path / "idle", callback=callback(probability=0, finish="last"))
+    assert [record.keys() for record in resets.state.log_history] == [r.keys() for r in plain.state.log_history]
+    assert without_times(idle) == without_times(plain)
 
 
 def test_optimizer_state_modes_in_a_run(tmp_path):
@@ -374,7 +392,8 @@ def test_every_choice_of_auto_is_in_the_audit_trail(tmp_path):
     for step, probability in Chosen.seen.items():
         in_force = said.get(step, in_force)
         assert probability == in_force
-    assert [record for record in trainer.state.log_history if record.get("kind") == "plan"] == plans
+    saved = recorded_events(trainer.state.stateful_callbacks)
+    assert [record for record in saved if record["kind"] == "plan"] == plans
     assert plans[-1]["improvements"] > 3
 
 

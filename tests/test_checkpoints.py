@@ -7,14 +7,17 @@ import torch
 from tiny import bert
 
 from hf_reset import AnchorStore, last_whole_checkpoint
-from hf_reset.training.resume import anchor_file, is_whole
+from hf_reset.excursions import EVENTS
+from hf_reset.training.checkpoints import anchor_file, is_whole
 
 TRAIL = [{"kind": "anchor", "step": 1}]
 
 
 def checkpoint(directory, *, trail=TRAIL, ranks=1, sharded=False):
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "trainer_state.json").write_text(json.dumps({"log_history": trail}))
+    (directory / "trainer_state.json").write_text(
+        json.dumps({"log_history": [], "stateful_callbacks": {EVENTS: trail}})
+    )
     anchor = AnchorStore(bert())
     anchor.snapshot()
     for rank in range(ranks):

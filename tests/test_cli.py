@@ -10,6 +10,7 @@ import pytest
 from tiny import bert, plain_run
 
 from hf_reset.cli import main
+from hf_reset.excursions import EVENTS
 
 
 def test_scopes_of_a_model_directory(tmp_path, capsys):
@@ -49,9 +50,11 @@ def test_no_model_there(tmp_path, capsys):
 def finished(folder, values, every=10, resets=(), name="eval_loss"):
     """A directory as a Trainer leaves it, with one evaluation every so many steps."""
     log = [{"step": every * k, name: value} for k, value in enumerate(values, start=1)]
-    log += [{"kind": "reset", "step": step, "metric": 1.0} for step in resets]
+    events = [{"kind": "reset", "step": step, "metric": 1.0} for step in resets]
     folder.mkdir(exist_ok=True)
-    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log, "global_step": every * len(values)}))
+    (folder / "trainer_state.json").write_text(
+        json.dumps({"log_history": log, "stateful_callbacks": {EVENTS: events}, "global_step": every * len(values)})
+    )
     return str(folder)
 
 

@@ -18,7 +18,7 @@ from hf_reset import ResetTrainingArguments
 from hf_reset.errors import ConfigError, DataError, MetricError
 from hf_reset.report.results import read_results
 from hf_reset.study.options import parse_recipe
-from hf_reset.training.resume import last_whole_checkpoint
+from hf_reset.training.checkpoints import last_whole_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes" / "text_classification"

@@ -136,7 +136,7 @@ def resume_point(training: Any, args: Any) -> str | None:
         training: the study's arguments; resumed if its `resume_from_checkpoint` is set.
         args: the run's, from `arguments_of`.
     """
-    from hf_reset.training.resume import last_whole_checkpoint
+    from hf_reset.training.checkpoints import last_whole_checkpoint
 
     if training.resume_from_checkpoint is None:
         return None

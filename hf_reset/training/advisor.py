@@ -13,10 +13,11 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_reset import advice
-from hf_reset.excursions import evaluation_interval
+from hf_reset.excursions import evaluation_interval, recorded_events, with_events
 from hf_reset.policy import ResetConfig, ResetState, probability_now
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.metric import MetricWatch
+from hf_reset.training.resume import record_event
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,10 @@ logger = logging.getLogger(__name__)
 class ResetAdvisorCallback(TrainerCallback):
     """After each evaluation, look for the failure signatures of `hf_reset.advice`; name each once.
 
-    A message goes to the log (as a warning, on one process), to W&B as an alert where it reports there, and into the
-    log history as a record with `kind` "advice", `name`, `message` and `step`. It changes nothing of the training, and
-    reads only what is logged already: an evaluation of 100 records takes less than a millisecond.
+    A message goes to the log (as a warning, on one process), to W&B as an alert where it reports there, and into
+    `trainer_state.json`, beside the resets, as a record with `kind` "advice", `name`, `message` and `step`. It changes
+    nothing of the training, and reads only what is logged already: an evaluation of 100 records takes less than a
+    millisecond.
 
     What it can know depends on what is there: `diagnostics.LabelMemoryCallback` tells it of memorised labels, and an
     evaluation set named "trusted" in a dict of them (`eval_dataset={"noisy": …, "trusted": …}`) of noise that
@@ -38,11 +40,12 @@ class ResetAdvisorCallback(TrainerCallback):
         resets: StochasticResetCallback | None = getattr(state, "_stochastic_reset_callback", None)
         if resets is None or resets.reset_state.anchor_step is None:
             return
-        said = {record["name"] for record in state.log_history if record.get("kind") == "advice"}
+        saved = recorded_events(state.stateful_callbacks)
+        said = {record["name"] for record in saved if record["kind"] == "advice"}
         for name, message in _signatures(resets, args, state, kwargs).items():
             if message is not None and name not in said:
                 record = {"kind": "advice", "name": name, "message": message, "step": state.global_step}
-                state.log_history.append({**record, "epoch": state.epoch})
+                record_event(state, {**record, "epoch": state.epoch})
                 if state.is_world_process_zero:
                     _say(name, message, args)
 
@@ -51,7 +54,7 @@ def _signatures(
     resets: StochasticResetCallback, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]
 ) -> dict[str, str | None]:
     """Each signature's message, None where it does not apply."""
-    config, now, history = resets.config, resets.reset_state, state.log_history
+    config, now, history = resets.config, resets.reset_state, with_events(state.log_history, resets.events)
     watch = MetricWatch.of(config, args)
     key, greater = watch.key, watch.greater_is_better
     memory = _latest(history, "memory/wrong")

@@ -19,7 +19,7 @@ from hf_reset.errors import ConfigError, MetricError, NoEffectWarning
 from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
 from hf_reset.training.evidence import Margins, RowEvidence, RowSource
 from hf_reset.training.metric import MetricWatch
-from hf_reset.training.resume import Progress, save_progress, saved_into, take_up
+from hf_reset.training.resume import Progress, record_event, save_progress, saved_into, take_up
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class StochasticResetCallback(TrainerCallback):
     with probability r, they are put back in place of the update. Everything that is decided is a function of
     the seed, the step and the evaluations, so that ranks agree without talking and a resumed run repeats it.
 
-    The audit trail is in `events`, and in the Trainer's log history: one record a reset, an anchor move, or a choice
-    of `probability="auto"`, with
+    The audit trail is in `events`, and in checkpoints with the Trainer's state: one record a reset, an anchor move, or
+    a choice of `probability="auto"`, with
 
         kind: "reset", "anchor" or "plan".
         step: `state.global_step` as the hook saw it: the index of the step for a reset, the number of steps
@@ -264,7 +264,7 @@ class StochasticResetCallback(TrainerCallback):
             **more,
         }
         self.events.append(record)
-        state.log_history.append(dict(record))
+        record_event(state, record)
 
     def _refuse_second_callback(self, state: TrainerState) -> None:
         other = getattr(state, "_stochastic_reset_callback", self)

@@ -1,39 +1,29 @@
-"""The anchor in a checkpoint: saved, found, and taken up again; and which checkpoints are whole.
-
-Trainer writes `trainer_state.json` last and not atomically, and other ranks may still be writing then. A run
-killed at any moment therefore leaves, at worst, one directory that is not whole; the one before it is.
-"""
+"""The anchor and the audit trail in a checkpoint: saved, found, and taken up again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import re
-import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
+from hf_reset.anchor.file import read_metadata, write_copy
 from hf_reset.anchor.ranks import gathered, together
+from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError
+from hf_reset.excursions import EVENTS, recorded_events
 from hf_reset.policy import ResetConfig, ResetState
+from hf_reset.training.checkpoints import anchor_file, refuse_other_world_size
 from hf_reset.training.evidence import RowEvidence
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-    from hf_reset.anchor.shards import Layout
-    from hf_reset.anchor.store import AnchorStore
     from hf_reset.training.metric import MetricWatch
 
 logger = logging.getLogger(__name__)
-
-_DIRECTORY = re.compile(r"checkpoint-(\d+)")
-_DISTRIBUTED = "reset_anchor"
-_SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -70,6 +60,16 @@ class Progress:
         }
 
 
+def record_event(state: TrainerState, event: dict[str, Any]) -> None:
+    """Put an event where Trainer saves it: in `trainer_state.json`, and not among its own logs.
+
+    Other code takes records of `log_history` by their position. An `ExportableState` would do, but for a callback's
+    name Trainer then makes a new instance at a resume, and the user's would know nothing of the run.
+    """
+    saved: Any = state.stateful_callbacks
+    saved.setdefault(EVENTS, []).append(dict(event))
+
+
 def saved_into(args: TrainingArguments, state: TrainerState, store: AnchorStore | None) -> Path | None:
     """The checkpoint that Trainer has just written, as far as a callback can tell; None, and said, where it cannot."""
     directory = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
@@ -97,8 +97,6 @@ def save_progress(
         if store is not None:
             store.save(file, progress.metadata())
         else:  # nothing is kept, but the audit trail goes on after a resume
-            from hf_reset.anchor.file import write_copy  # torch, which a look at other checkpoints does without
-
             write_copy(file, {}, {"metadata": json.dumps(progress.metadata())})
 
 
@@ -124,7 +122,7 @@ def take_up(
     Raises:
         AnchorFileError: the anchor is missing, or belongs to another run, model or scope.
     """
-    events = reset_records(state.log_history)
+    events = [event for event in recorded_events(state.stateful_callbacks) if event["kind"] != "advice"]
     if not events:
         return now  # no anchor yet, or a run that began without resets
     directory = directory or Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
@@ -150,12 +148,7 @@ def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:
         return store.load(file)
     metadata: dict[str, Any] = {}
     with together():
-        if store is not None:
-            metadata = store.load(file)
-        else:
-            from hf_reset.anchor.file import read_metadata
-
-            metadata = read_metadata(file)
+        metadata.update(read_metadata(file) if store is None else store.load(file))
     return metadata
 
 
@@ -205,111 +198,3 @@ def _file_in(directory: str | Path, store: AnchorStore | None, args: TrainingArg
         rank=args.process_index,
         world_size=args.world_size,
     )
-
-
-def anchor_file(directory: str | Path, layout: Layout = "whole", *, rank: int = 0, world_size: int = 1) -> Path:
-    """The anchor's place in a checkpoint: a file for all ranks, or one a rank where shares are pieces of flat tensors.
-
-    Where they are rows of DTensors, which know where they belong, one directory for all ranks.
-    """
-    if layout == "rows":
-        return Path(directory) / _DISTRIBUTED
-    name = f"reset_anchor-rank{rank}-of-{world_size}" if layout == "flat" else "reset_anchor"
-    return Path(directory) / f"{name}.safetensors"
-
-
-def refuse_other_world_size(directory: str | Path, world_size: int) -> None:
-    """Flat shares of the ranks of one world size (DeepSpeed, FSDP1) cannot be dealt out to another.
-
-    Raises:
-        AnchorFileError: the checkpoint has anchors of another number of processes, and none of this.
-    """
-    found = {int(match.group(1)): file for file in Path(directory).glob("*") if (match := _SHARD.fullmatch(file.name))}
-    if found and world_size not in found:
-        size, file = next(iter(found.items()))
-        raise AnchorFileError(
-            f"The anchor {str(file)!r} is one of {size} shares, written by {size} processes, and this run has "
-            f"{world_size}. Shares of DeepSpeed and FSDP1 cannot be dealt out anew: resume with {size} processes, or "
-            "start a new run from the checkpoint's weights."
-        )
-
-
-def reset_records(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The audit trail inside a Trainer's log history: one record a reset, an anchor move, or a choice of "auto"."""
-    return [record for record in log_history if record.get("kind") in ("reset", "anchor", "plan")]
-
-
-def last_whole_checkpoint(output_dir: str | Path, *, world_size: int = 1) -> str | None:
-    """The newest checkpoint in `output_dir` from which a run can go on exactly, or None.
-
-    Use it instead of `resume_from_checkpoint=True` with the plain callback; `ResetTrainer` does by itself.
-
-    Args:
-        output_dir: the directory that holds `checkpoint-N` directories.
-        world_size: number of processes; each has a random state of its own in the checkpoint.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if _DIRECTORY.fullmatch(path.name)]
-    newest_first = sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    return next((str(path) for path in newest_first if is_whole(path, world_size=world_size)), None)
-
-
-def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
-    """Whether every file that an exact resume reads was written to its end."""
-    directory = Path(directory)
-    try:
-        state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if not _anchors_are_whole(directory, expected=bool(reset_records(state.get("log_history", [])))):
-        return False
-    if world_size == 1 or not any(directory.glob("rng_state_*.pth")):
-        return True
-    # More processes than wrote it find no random state for some of them, and start those from the seed.
-    states = [directory / f"rng_state_{rank}.pth" for rank in range(min(world_size, _writers(directory) or world_size))]
-    return all(path.is_file() and zipfile.is_zipfile(path) for path in states)
-
-
-def _writers(directory: Path) -> int | None:
-    """How many processes wrote a checkpoint, as its anchor says; None where it has none. The anchor is whole."""
-    if (directory / _DISTRIBUTED).is_dir():
-        from hf_reset.anchor.dtensor_file import read_shared_header
-
-        header = read_shared_header(directory / _DISTRIBUTED)[0]
-    else:
-        file = next(directory.glob("reset_anchor*.safetensors"), None)
-        if file is None:
-            return None
-        with safe_open(file, framework="numpy") as anchor:  # pyright: ignore[reportPrivateImportUsage]
-            header = anchor.metadata() or {}
-    return json.loads(header.get("metadata", "{}")).get("world_size")
-
-
-def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
-    if (directory / _DISTRIBUTED).is_dir():
-        return _is_whole_distributed(directory / _DISTRIBUTED)
-    files = list(directory.glob("reset_anchor*.safetensors"))
-    if not files:
-        # A model-only checkpoint has no anchor by intent, and no optimizer either: it is no resume point.
-        return not expected
-    shards = [match for file in files if (match := _SHARD.fullmatch(file.name))]
-    if shards and len(shards) != int(shards[0].group(1)):
-        return False
-    return all(_opens(file) for file in files)
-
-
-def _is_whole_distributed(directory: Path) -> bool:
-    from hf_reset.anchor.dtensor_file import missing_share  # torch, which a look at other checkpoints does without
-
-    try:
-        return missing_share(directory) is None
-    except AnchorFileError:
-        return False
-
-
-def _opens(file: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        with safe_open(file, framework="numpy"):  # pyright: ignore[reportPrivateImportUsage]
-            return True
-    except (SafetensorError, OSError):
-        return False

@@ -15,8 +15,8 @@ from hf_reset.errors import AnchorFileError, ConfigError
 from hf_reset.training.advisor import ResetAdvisorCallback
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
+from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_world_size
 from hf_reset.training.memory import RowMemoryMixin
-from hf_reset.training.resume import last_whole_checkpoint, refuse_other_world_size
 from hf_reset.training.validation import row_source
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
