@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hf_reset.anchor.scopes import select_parameters
     from hf_reset.anchor.store import AnchorStore
     from hf_reset.policy import ResetConfig
+    from hf_reset.rows.refinement import RefinementConfig
     from hf_reset.training.advisor import ResetAdvisorCallback
     from hf_reset.training.arguments import ResetArguments, ResetTrainingArguments
     from hf_reset.training.callback import StochasticResetCallback
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AnchorStore": "hf_reset.anchor.store",
+    "RefinementConfig": "hf_reset.rows.refinement",
     "ResetAdvisorCallback": "hf_reset.training.advisor",
     "ResetArguments": "hf_reset.training.arguments",
     "ResetConfig": "hf_reset.policy",
@@ -55,6 +57,7 @@ _MODULES = (
 
 __all__ = [
     "AnchorStore",
+    "RefinementConfig",
     "ResetAdvisorCallback",
     "ResetArguments",
     "ResetConfig",

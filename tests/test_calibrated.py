@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, EvalPredicti
 
 from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
 from hf_reset.metrics import calibrated_loss, calibrated_rows, with_calibrated_loss
-from hf_reset.metrics.calibrated import METRIC_NAMES, MINIMUM_ROWS
+from hf_reset.metrics.calibrated import MINIMUM_ROWS
 
 
 def planted(num_rows, num_classes, noise, temperature, spread=2.0, seed=0):
@@ -72,6 +72,27 @@ def test_a_single_fit_on_a_thousand_rows_is_within_a_twentieth():
         found = calibrated_loss(*planted(1000, 77, 0.4, 0.5, seed=seed))
         assert found.noise == pytest.approx(0.4, abs=0.08)
         assert found.temperature == pytest.approx(0.5, rel=0.15)
+
+
+@pytest.mark.parametrize(("noise", "temperature"), [(0.0, 0.5), (0.4, 0.5), (0.6, 1.0)])
+def test_accuracy_on_right_labels_is_estimated_from_noisy_ones(noise, temperature):
+    """Twelve times: the model's share of right answers before the labels were spoilt, within three standard errors."""
+    errors = []
+    for seed in range(12):
+        logits, labels = planted(1000, 6, noise, temperature, seed=seed)
+        _, right = planted(1000, 6, 0.0, temperature, seed=seed)  # the same draws, unspoilt
+        errors.append(calibrated_loss(logits, labels).estimated_accuracy - (logits.argmax(axis=1) == right).mean())
+    assert abs(np.mean(errors)) < 3 * np.std(errors, ddof=1) / np.sqrt(12) < 0.1
+
+
+def test_hints_are_not_credited_as_certainties():
+    """Logits all but equal, and right in a third of four classes: a cold fit would call the labels noisy instead."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=400)
+    hints = np.where(rng.random(400) < 0.1, labels, rng.integers(4, size=400))
+    found = calibrated_loss(0.02 * np.eye(4)[hints], labels)
+    assert found.temperature < 0.25
+    assert found.estimated_accuracy < 0.3
 
 
 @pytest.mark.parametrize("factor", [1e-4, 0.3, 7.0, 1e4])
@@ -200,10 +221,16 @@ def prediction(num_rows=200, seed=0):
 
 def expected(given):
     found = calibrated_loss(given.predictions, given.label_ids)
-    return dict(zip(METRIC_NAMES, (found.loss, found.wrong_labels, found.temperature), strict=True))
+    assert found.metrics() == {
+        "calibrated_loss": found.loss,
+        "label_noise": found.wrong_labels,
+        "temperature": found.temperature,
+        "estimated_accuracy": found.estimated_accuracy,
+    }
+    return found.metrics()
 
 
-def test_adds_three_figures_to_ones_own():
+def test_adds_its_figures_to_ones_own():
     given = prediction()
     assert with_calibrated_loss()(given) == expected(given)
     assert with_calibrated_loss(lambda p: {"rows": len(p.label_ids)})(given) == {"rows": 200, **expected(given)}

@@ -24,12 +24,13 @@ from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
 MINIMUM_ROWS = 100
 """Fewer labelled validation rows than this, and `with_calibrated_loss` warns."""
 
-METRIC_NAMES = ("calibrated_loss", "label_noise", "temperature")
+METRIC_NAMES = ("calibrated_loss", "label_noise", "temperature", "estimated_accuracy")
 """What `with_calibrated_loss` adds; `Trainer` puts `eval_` in front."""
 
 # Inverse temperatures of the coarse search, in units of the logits' own spread: from all but uniform
 # predictions to all but hard ones. Each is twice the one before, so that its exponentials are squares.
 _COLDEST, _HOTTEST = 10, -6
+_COLDEST_CREDITED = 0.25
 _REFINEMENTS = 20
 _CHUNK_ELEMENTS = 1 << 15  # what stays in a core's cache between the passes over it
 
@@ -49,6 +50,10 @@ class CalibratedLoss:
     them. Confident mistakes of the model look the same, so a poor model's ε is too high."""
     num_classes: int
     """K."""
+    estimated_accuracy: float
+    """The share of right labels that the model would name, as the fit has it: mean over the labelled rows of the
+    largest softmax(z / T). T counts as 1/4 at least: colder fits take the hints of a model near chance, which is
+    often wrong, for certainties among wrong labels. Where noise is not uniform, this is too low."""
     rows: NDArray[np.float64] = field(repr=False, compare=False)
     """The value of each row, shape (N,); NaN where it has no label. `loss` is their mean, for paired tests."""
 
@@ -56,6 +61,11 @@ class CalibratedLoss:
     def wrong_labels(self) -> float:
         """ε (K − 1) / K, the share of labels that look wrong: τ of `hf_reset.noise.symmetric_matrix`."""
         return self.noise * (self.num_classes - 1) / self.num_classes
+
+    def metrics(self) -> dict[str, float]:
+        """`METRIC_NAMES` and their values; "label_noise" is `wrong_labels`."""
+        values = (self.loss, self.wrong_labels, self.temperature, self.estimated_accuracy)
+        return dict(zip(METRIC_NAMES, values, strict=True))
 
     @property
     def standard_error(self) -> float:
@@ -94,14 +104,15 @@ def calibrated_loss(logits: Any, labels: Any) -> CalibratedLoss:
         >>> import numpy as np
         >>> found = calibrated_loss(np.eye(3) * 20.0, np.array([0, 1, 0]))  # sure of every row, wrong in the last
         >>> round(found.loss, 2), round(found.noise, 2)
-        (1.0, 0.5)
+        (0.87, 0.5)
     """
     fit = _Rows.of(logits, labels)
     if not fit.is_finite:
-        return CalibratedLoss(math.nan, math.nan, math.nan, fit.num_classes, fit.spread(math.nan))
+        return CalibratedLoss(math.nan, math.nan, math.nan, fit.num_classes, math.nan, fit.spread(math.nan))
     temperature, noise = _best_fit(fit)
     values = _row_losses(fit.log_p(1 / temperature), noise, fit.num_classes)
-    return CalibratedLoss(float(values.mean()), temperature, noise, fit.num_classes, fit.spread(values))
+    accuracy = fit.largest_p(1 / max(temperature, _COLDEST_CREDITED))
+    return CalibratedLoss(float(values.mean()), temperature, noise, fit.num_classes, accuracy, fit.spread(values))
 
 
 def calibrated_rows(logits: Any, labels: Any, temperature: float, noise: float) -> NDArray[np.float64]:
@@ -165,6 +176,10 @@ class _Rows:
     def log_p(self, beta: float) -> _Floats:
         """log softmax(β z)_y, shape (n,)."""
         return np.concatenate([self.at_label[part] * beta - _log_sum(self.below[part] * beta) for part in self._parts])
+
+    def largest_p(self, beta: float) -> float:
+        """Mean of max_k softmax(β z)_k."""
+        return float(np.concatenate([np.exp(-_log_sum(self.below[part] * beta)) for part in self._parts]).mean())
 
     def log_p_slope(self, beta: float) -> tuple[_Floats, _Floats]:
         """log softmax(β z)_y and its derivative to β, z_y − Σ_k p_k z_k, both of shape (n,)."""
@@ -310,11 +325,11 @@ def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, Any]] | Non
 
     `Trainer(..., compute_metrics=with_calibrated_loss(mine))` gives what `mine` gives, and beside it
     `calibrated_loss`, `label_noise` (the share of validation labels that look wrong,
-    `CalibratedLoss.wrong_labels`) and `temperature`; `Trainer` calls them `eval_calibrated_loss` and so
-    on. Anchors are chosen by it with `reset_metric="eval_calibrated_loss"`, checkpoints with
-    `metric_for_best_model="eval_calibrated_loss"`. Right under any sharding: `Trainer` gathers the rows and
-    drops the last batch's padding before it calls this. `batch_eval_metrics` works, at the cost of keeping the
-    logits. With `prediction_loss_only` no `Trainer` calls `compute_metrics` at all.
+    `CalibratedLoss.wrong_labels`), `temperature` and `estimated_accuracy`; `Trainer` calls them
+    `eval_calibrated_loss` and so on. Anchors are chosen by it with `reset_metric="eval_calibrated_loss"`,
+    checkpoints with `metric_for_best_model="eval_calibrated_loss"`. Right under any sharding: `Trainer` gathers
+    the rows and drops the last batch's padding before it calls this. `batch_eval_metrics` works, at the cost of
+    keeping the logits. With `prediction_loss_only` no `Trainer` calls `compute_metrics` at all.
 
     It warns once, with `WeakEvidenceWarning`, where the figure says less than it seems: below
     `MINIMUM_ROWS` labelled rows, or where all labels are of one class.
@@ -332,7 +347,7 @@ def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, Any]] | Non
         >>> from transformers import EvalPrediction
         >>> rows = EvalPrediction(predictions=np.eye(2)[[0, 1] * 50], label_ids=np.array([0, 1] * 50))
         >>> sorted(with_calibrated_loss()(rows))
-        ['calibrated_loss', 'label_noise', 'temperature']
+        ['calibrated_loss', 'estimated_accuracy', 'label_noise', 'temperature']
     """
     return CalibratedMetrics(compute_metrics)
 
@@ -362,7 +377,7 @@ class CalibratedMetrics:
         if not self.adds_metrics:
             return metrics
         self._warn(found, labels)
-        return metrics | dict(zip(METRIC_NAMES, (found.loss, found.wrong_labels, found.temperature), strict=True))
+        return metrics | found.metrics()
 
     def take_rows(self) -> tuple[_Floats, _Floats] | None:
         """The rows' losses of the last evaluation, and those that the labels' frequencies alone would give.

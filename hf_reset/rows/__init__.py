@@ -4,7 +4,8 @@
 * `visits`: what each step saw of its rows, shared among processes and replayed in order;
 * `memory` and `responses`: what is kept of each row, for classes and for responses to prompts;
 * `confident`: noise rates and the confusion of labels, estimated from predicted probabilities;
-* `suspects`: the rows whose label looks wrong, ranked, as a table.
+* `suspects`: the rows whose label looks wrong, ranked, as a table;
+* `refinement`: what to train on in their place, and the limits to it.
 """
 
 from __future__ import annotations
@@ -15,26 +16,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_reset.rows.confident import NoiseEstimate, estimate_noise
     from hf_reset.rows.memory import RowMemory
+    from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refine_responses
     from hf_reset.rows.responses import ResponseMemory
     from hf_reset.rows.suspects import find_suspects, rank_by_margin, suspects_of
 
 _HOME = {
     "NoiseEstimate": "hf_reset.rows.confident",
+    "Refinement": "hf_reset.rows.refinement",
+    "RefinementConfig": "hf_reset.rows.refinement",
     "ResponseMemory": "hf_reset.rows.responses",
     "RowMemory": "hf_reset.rows.memory",
     "estimate_noise": "hf_reset.rows.confident",
     "find_suspects": "hf_reset.rows.suspects",
     "rank_by_margin": "hf_reset.rows.suspects",
+    "refine": "hf_reset.rows.refinement",
+    "refine_responses": "hf_reset.rows.refinement",
     "suspects_of": "hf_reset.rows.suspects",
 }
 
 __all__ = [
     "NoiseEstimate",
+    "Refinement",
+    "RefinementConfig",
     "ResponseMemory",
     "RowMemory",
     "estimate_noise",
     "find_suspects",
     "rank_by_margin",
+    "refine",
+    "refine_responses",
     "suspects_of",
 ]
 

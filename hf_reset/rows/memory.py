@@ -56,8 +56,8 @@ class RowMemory(VisitMemory):
         >>> memory = RowMemory(num_rows=3, num_classes=2)
         >>> memory.update(torch.tensor([2]), torch.tensor([[0.0, 2.0]]), torch.tensor([0]))
         >>> memory.share()
-        >>> memory.margins.round(decimals=2).tolist()
-        [nan, nan, -0.76]
+        >>> memory.margins
+        tensor([    nan,     nan, -0.7616])
     """
 
     def __init__(self, num_rows: int, num_classes: int, *, decay: float = 1.0, max_bytes: int = MAX_BYTES) -> None:

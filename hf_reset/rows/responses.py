@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_reset.arrays import to_numpy
 from hf_reset.errors import DataError
 from hf_reset.rows.visits import Turn, VisitMemory, check_bound
 
@@ -95,6 +99,23 @@ class ResponseMemory(VisitMemory):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**super()._tensors(), "reference": self.reference, "loss": self._loss}
+
+
+def estimate_response_noise(ratios: Any) -> float:
+    """Estimate the share of responses that belong to other prompts, from the ratios of `ResponseMemory`.
+
+    The prompt of another response helps it as often as it hinders, so misplaced responses lie about a ratio of 1
+    evenly, and fitting ones below: twice the share above 1 are misplaced.
+
+    Args:
+        ratios: Shape (N,), above 0; NaN where there is none.
+
+    Returns:
+        The share, in [0, 1]; 0 where there is no ratio.
+    """
+    values = to_numpy(ratios).astype(float)
+    values = values[~np.isnan(values)]
+    return min(1.0, 2 * float((values > 1).mean())) if values.size else 0.0
 
 
 def _one_a_row(rows: Tensor, losses: Tensor) -> Tensor:

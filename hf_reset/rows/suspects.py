@@ -116,7 +116,7 @@ def rank_by_margin(
     judged = int((~np.isnan(values)).sum())
     is_issue = values < 0
     if allowed is not None:
-        is_issue = _lowest_of_each_class(values, given, is_issue, to_numpy(allowed))
+        is_issue = lowest_of_each_class(values, given, is_issue, to_numpy(allowed))
     for limit in (_rows_allowed(noise_rate, judged), _check_budget(budget)):
         is_issue = is_issue if limit is None else lowest(values, is_issue, limit)
     table = {
@@ -180,17 +180,10 @@ def lowest(values: NDArray[np.float64], among: NDArray[np.bool_], limit: int) ->
     return chosen
 
 
-def _margins_of(predicted: NDArray[np.float64], given: NDArray[np.int64]) -> NDArray[np.float64]:
-    rows, labels = np.arange(len(given)), np.maximum(given, 0)
-    others = predicted.copy()
-    others[rows, labels] = -np.inf
-    return np.where(given == IGNORE_INDEX, np.nan, predicted[rows, labels] - others.max(axis=1))
-
-
-def _lowest_of_each_class(
+def lowest_of_each_class(
     values: NDArray[np.float64], given: NDArray[Any], among: NDArray[np.bool_], allowed: NDArray[Any]
 ) -> NDArray[np.bool_]:
-    """Of each class at most `allowed`, rounded to whole rows."""
+    """Which rows have the lowest values of their class, of each at most `allowed` (K,), rounded. Shape (N,)."""
     order = np.lexsort((values, given))
     order = order[among[order]]
     classes = given[order]
@@ -198,6 +191,13 @@ def _lowest_of_each_class(
     chosen = np.zeros(len(values), dtype=bool)
     chosen[order[place < np.rint(allowed)[classes]]] = True
     return chosen
+
+
+def _margins_of(predicted: NDArray[np.float64], given: NDArray[np.int64]) -> NDArray[np.float64]:
+    rows, labels = np.arange(len(given)), np.maximum(given, 0)
+    others = predicted.copy()
+    others[rows, labels] = -np.inf
+    return np.where(given == IGNORE_INDEX, np.nan, predicted[rows, labels] - others.max(axis=1))
 
 
 def _rows_allowed(noise_rate: float | None, judged: int) -> int | None:
