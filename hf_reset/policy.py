@@ -72,13 +72,18 @@ class ResetConfig:
             the anchor, "zero" it as if fresh, or "keep" it. The learning-rate schedule always goes on.
         storage: where the anchor lies: "device", beside the weights, or "cpu" (pinned where there is CUDA).
         finish: weights at the end of training: "anchor", or "last" for those of the last step. Where
-            `load_best_model_at_end` loads a checkpoint, that one stands.
+            `load_best_model_at_end` loads a checkpoint, that one stands. "anchor" is all that was evaluated then:
+            under a partial scope the other trainable weights are kept too, for their bytes, without optimizer state.
         max_resets: resets after which no more happen; None: no limit. 0 keeps the best weights in memory,
             without a single reset.
         seed: of the draws; None: `args.seed`.
+        ema_decay: d in [0, 1) of an exponential moving average of the scope, θ̄ ← d·θ̄ + (1 − d)·θ after each
+            optimizer step; it looks back about 1/(1 − d) steps. The average is then what is evaluated, anchored,
+            saved and finished with, and a reset sets both it and the live weights to the anchor. None: no average.
+            With `probability=0` it is averaging alone. Needs `ResetTrainer`.
 
-    With `probability=0` (or `max_resets=0`) and `finish="last"` the run is the plain Trainer's, bit for bit,
-    and no anchor is stored.
+    With `probability=0` (or `max_resets=0`), `finish="last"` and no average the run is the plain Trainer's, bit for
+    bit, and no anchor is stored.
 
     Raises:
         ConfigError: a field has a value it cannot have; the message names it, the value, and the remedy.
@@ -97,6 +102,7 @@ class ResetConfig:
     finish: Literal["anchor", "last"] = "anchor"
     max_resets: int | None = None
     seed: int | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         if self.probability != "auto" and not (_is_real(self.probability) and 0 <= self.probability <= 1):
@@ -124,6 +130,11 @@ class ResetConfig:
             raise ConfigError(
                 f"`min_delta` must be a finite number of at least 0, got {self.min_delta!r}. "
                 "It is a distance in the metric's units, whatever the direction."
+            )
+        if self.ema_decay is not None and not (_is_real(self.ema_decay) and 0 <= self.ema_decay < 1):
+            raise ConfigError(
+                f"`ema_decay` must be in [0, 1) or None, got {self.ema_decay!r}. It is per optimizer step: 0.98 looks "
+                "back about 50 steps."
             )
         if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
             raise ConfigError(f"`metric` must be the name of an evaluation result or None, got {self.metric!r}.")

@@ -30,7 +30,7 @@ def test_the_command_line(tmp_path):
         f"--output_dir {tmp_path} --use_cpu --reset_probability 0.05 --reset_scope last:2 --reset_policy periodic "
         "--reset_patience 0 --reset_metric f1 --reset_greater_is_better true --reset_min_delta 0.1 "
         "--reset_anchor fixed --reset_optimizer_state zero --reset_storage cpu --reset_finish last "
-        "--reset_max_resets 4 --reset_seed 3"
+        "--reset_max_resets 4 --reset_seed 3 --reset_ema_decay 0.98"
     )
     (args,) = HfArgumentParser(ResetTrainingArguments).parse_args_into_dataclasses(line.split())
     assert args.reset_config() == ResetConfig(
@@ -47,6 +47,7 @@ def test_the_command_line(tmp_path):
         finish="last",
         max_resets=4,
         seed=3,
+        ema_decay=0.98,
     )
 
 

@@ -91,7 +91,7 @@ def refuse_rank_allocation(model: nn.Module, selected: dict[str, nn.Parameter]) 
             raise UnsupportedError(
                 f"Resets of AdaLoRA's weights ({taken!r}) are not supported: its rank allocator keeps importance "
                 "averages and a rank pattern beside them, which a reset would leave behind. Use `LoraConfig`, with "
-                "`use_rslora` or `use_dora` if need be, or a `scope` without the adapters."
+                '`use_rslora` or `use_dora` if need be, or a `scope` without the adapters and `finish="last"`.'
             )
 
 

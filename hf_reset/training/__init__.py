@@ -7,5 +7,6 @@
 * `advisor`: says in the log what goes wrong with the resets;
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model; `memory`:
   what is remembered of them, and the suspects among them;
+* `ema`: a moving average of the weights, swapped in where the Trainer evaluates and saves;
 * `best_weights`: the best evaluated weights of any run, kept in memory.
 """

@@ -77,6 +77,13 @@ class ResetArguments:
     reset_advice: bool = field(
         default=True, metadata={"help": "Say in the log, once each, what goes wrong with resets, and the remedy."}
     )
+    reset_ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay per optimizer step, in [0, 1), of a moving average of the weights that is evaluated, "
+            "anchored, saved and finished with. Default: no average."
+        },
+    )
     reset_loss: str | None = field(
         default=None,
         metadata={

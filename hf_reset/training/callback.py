@@ -6,6 +6,7 @@ import difflib
 import logging
 import numbers
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_reset.anchor.ranks import together
 from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
-from hf_reset.errors import ConfigError, MetricError, NoEffectWarning
+from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, UnsupportedError
 from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
+from hf_reset.training.ema import Average
 from hf_reset.training.evidence import Margins, RowEvidence, RowSource
 from hf_reset.training.metric import MetricWatch
-from hf_reset.training.resume import Progress, record_event, save_progress, saved_into, take_up
+from hf_reset.training.resume import (
+    Progress,
+    record_event,
+    save_average,
+    save_progress,
+    saved_into,
+    take_up,
+    take_up_average,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +85,8 @@ class StochasticResetCallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint
         self.events: list[dict[str, Any]] = []
         self.store: AnchorStore | None = None
+        self.average: Average | None = None  # in training, under `ema_decay`
+        self.can_average = False  # whether the Trainer swaps it in where it evaluates and saves: ResetTrainer does
         self.reset_state = ResetState()
         self._run: _Run | None = None  # the last one, also when it has ended
 
@@ -87,11 +99,13 @@ class StochasticResetCallback(TrainerCallback):
         self._refuse_second_callback(state)
         seed = args.seed if self.config.seed is None else self.config.seed
         run = _Run(MetricWatch.of(self.config, args), seed)
-        self.events, self.reset_state, self.store = [], ResetState(), None
+        self.events, self.reset_state, self.store, self.average = [], ResetState(), None, None
         with together():
             if self.config.needs_anchor:
                 _refuse_no_evaluation(run.watch, args)
                 self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
+            if self.config.ema_decay is not None:
+                self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
             if state.global_step > 0:
                 refuse_lost_state(kwargs["model"], kwargs["optimizer"])
         if state.global_step > 0:
@@ -100,6 +114,7 @@ class StochasticResetCallback(TrainerCallback):
             directory, self.resume_from_checkpoint = self.resume_from_checkpoint, None
             progress = take_up(directory, self.store, self._progress(run, args), args, state)
             self.reset_state, self.events, run.evidence = progress.state, progress.events, progress.evidence
+            take_up_average(directory, self.average, args, state)
         self._run = run
 
     def on_evaluate(
@@ -151,7 +166,7 @@ class StochasticResetCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the anchor back, if this is a step that ends in a reset."""
+        """Put the anchor back, if this is a step that ends in a reset, and take the weights into the average."""
         if self.resets_at(state.global_step):
             assert self.store is not None  # resets need an anchor, see ResetConfig.needs_anchor
             distance = self.store.distance()
@@ -160,6 +175,10 @@ class StochasticResetCallback(TrainerCallback):
             self._record(state, "reset", distance)
             if self._run is not None:
                 self._run.evidence = self._run.evidence.left()
+            if self.average is not None:
+                self.average.follow()
+        elif self.average is not None:
+            self.average.update()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
@@ -185,12 +204,8 @@ class StochasticResetCallback(TrainerCallback):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        if self.config.finish != "anchor" or self.store is None or not self.store.is_set:
-            return
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            logger.info("`load_best_model_at_end` loaded %s; the anchor is left aside.", state.best_model_checkpoint)
-            return
-        self.store.restore()
+        self._finish(args, state)
+        self.average = None
 
     # What ResetTrainer and the curious call.
 
@@ -223,7 +238,35 @@ class StochasticResetCallback(TrainerCallback):
             if self.events:
                 save_progress(directory, self.store, self._progress(self._run, args), args)
 
+            if self.average is not None and not self._run.ended:
+                save_average(directory, self.average, args)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """For a moment, the live weights are the average's, in training under `ema_decay`; else nothing happens."""
+        return nullcontext() if self.average is None else self.average.swapped()
+
     # Steps of the above.
+
+    def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            logger.info("`load_best_model_at_end` loaded %s; the anchor is left aside.", state.best_model_checkpoint)
+        elif self.config.finish == "anchor" and self.store is not None and self.store.is_set:
+            if not self.store.finish():
+                logger.warning(
+                    "The anchor was written without the weights outside the scope %r, so the model now holds the "
+                    "anchor's beside the last step's, which were not evaluated together. Evaluate it, or start anew.",
+                    self.config.scope,
+                )
+        elif self.average is not None:
+            self.average.put_in()
+
+    def _new_average(self, decay: float, model: Any, optimizer: Any) -> Average:
+        if not self.can_average:
+            raise UnsupportedError(
+                "`ema_decay` needs ResetTrainer, or `ResetTrainerMixin` in front of your own Trainer: a callback is "
+                "not told before an evaluation or a save, so the average could not be what is evaluated and saved."
+            )
+        return Average(model, optimizer, self.config.scope, decay=decay, storage=self.config.storage)
 
     def _new_store(self, model: Any, optimizer: Any) -> AnchorStore:
         return AnchorStore(
@@ -232,6 +275,7 @@ class StochasticResetCallback(TrainerCallback):
             scope=self.config.scope,
             optimizer_state=self.config.optimizer_state,
             storage=self.config.storage,
+            keep_rest=self.config.finish == "anchor",
         )
 
     def _progress(self, run: _Run, args: TrainingArguments) -> Progress:

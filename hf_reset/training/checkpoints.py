@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from hf_reset.anchor.shards import Layout
 
 _DIRECTORY = re.compile(r"checkpoint-(\d+)")
-_DISTRIBUTED = "reset_anchor"
-_SHARD = re.compile(r"reset_anchor-rank\d+-of-(\d+)\.safetensors")
+ANCHOR, AVERAGE = "reset_anchor", "reset_average"  # directories under FSDP2, else the stems of files
+_SHARD = re.compile(rf"(?:{ANCHOR}|{AVERAGE})-rank\d+-of-(\d+)\.safetensors")
 
 
-def anchor_file(directory: str | Path, layout: Layout = "whole", *, rank: int = 0, world_size: int = 1) -> Path:
-    """The anchor's place in a checkpoint: a file for all ranks, or one a rank where shares are pieces of flat tensors.
+def anchor_file(
+    directory: str | Path, layout: Layout = "whole", *, rank: int = 0, world_size: int = 1, stem: str = ANCHOR
+) -> Path:
+    """The place of the anchor, or of the average: a file for all ranks, or one a rank for pieces of flat tensors.
 
     Where they are rows of DTensors, which know where they belong, one directory for all ranks.
     """
     if layout == "rows":
-        return Path(directory) / _DISTRIBUTED
-    name = f"reset_anchor-rank{rank}-of-{world_size}" if layout == "flat" else "reset_anchor"
+        return Path(directory) / stem
+    name = f"{stem}-rank{rank}-of-{world_size}" if layout == "flat" else stem
     return Path(directory) / f"{name}.safetensors"
 
 
@@ -73,7 +75,8 @@ def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
         state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not _anchors_are_whole(directory, expected=bool(recorded_events(state.get("stateful_callbacks")))):
+    anchor_expected = bool(recorded_events(state.get("stateful_callbacks")))
+    if not (_kept_whole(directory, ANCHOR, anchor_expected) and _kept_whole(directory, AVERAGE, False)):
         return False
     if world_size == 1 or not any(directory.glob("rng_state_*.pth")):
         return True
@@ -83,13 +86,14 @@ def is_whole(directory: str | Path, *, world_size: int = 1) -> bool:
 
 
 def _writers(directory: Path) -> int | None:
-    """How many processes wrote a checkpoint, as its anchor says; None where it has none. The anchor is whole."""
-    if (directory / _DISTRIBUTED).is_dir():
+    """How many processes wrote a checkpoint, as its anchor or average says, which are whole; None: it has neither."""
+    shared = next((directory / stem for stem in (ANCHOR, AVERAGE) if (directory / stem).is_dir()), None)
+    if shared is not None:
         from hf_reset.anchor.dtensor_file import read_shared_header
 
-        header = read_shared_header(directory / _DISTRIBUTED)[0]
+        header = read_shared_header(shared)[0]
     else:
-        file = next(directory.glob("reset_anchor*.safetensors"), None)
+        file = next((file for stem in (ANCHOR, AVERAGE) for file in directory.glob(f"{stem}*.safetensors")), None)
         if file is None:
             return None
         with safe_open(file, framework="numpy") as anchor:  # pyright: ignore[reportPrivateImportUsage]
@@ -97,10 +101,11 @@ def _writers(directory: Path) -> int | None:
     return json.loads(header.get("metadata", "{}")).get("world_size")
 
 
-def _anchors_are_whole(directory: Path, *, expected: bool) -> bool:
-    if (directory / _DISTRIBUTED).is_dir():
-        return _is_whole_distributed(directory / _DISTRIBUTED)
-    files = list(directory.glob("reset_anchor*.safetensors"))
+def _kept_whole(directory: Path, stem: str, expected: bool) -> bool:
+    """Whether an anchor or an average lies in a checkpoint to its end, or is not expected and not there."""
+    if (directory / stem).is_dir():
+        return _is_whole_distributed(directory / stem)
+    files = list(directory.glob(f"{stem}*.safetensors"))
     if not files:
         # A model-only checkpoint has no anchor by intent, and no optimizer either: it is no resume point.
         return not expected

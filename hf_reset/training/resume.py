@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError
 from hf_reset.excursions import EVENTS, recorded_events
 from hf_reset.policy import ResetConfig, ResetState
-from hf_reset.training.checkpoints import anchor_file, refuse_other_world_size
+from hf_reset.training.checkpoints import ANCHOR, AVERAGE, anchor_file, refuse_other_world_size
+from hf_reset.training.ema import Average
 from hf_reset.training.evidence import RowEvidence
 
 if TYPE_CHECKING:
@@ -143,6 +145,51 @@ def take_up(
     return replace(now, state=ResetState.from_plain(metadata["state"]), events=events, evidence=evidence)
 
 
+def save_average(directory: str | Path, average: Average, args: TrainingArguments) -> None:
+    """Write the live weights beside a checkpoint whose model is the average. All ranks call it, inside a swap."""
+    file, metadata = _file_in(directory, average, args, AVERAGE), {"world_size": args.world_size}
+    if average.layout == "rows":  # a collective, whose errors are common already
+        average.save(file, metadata)
+        return
+    with together():
+        if _writes(args, average):
+            average.save(file, metadata)
+
+
+def take_up_average(
+    directory: str | Path | None, average: Average | None, args: TrainingArguments, state: TrainerState
+) -> None:
+    """After Trainer has loaded a checkpoint: its model becomes the average, and the live weights are put in.
+
+    Args:
+        directory: where it lies; None: under its number in `output_dir`.
+        average: the average; None where none is taken, which is said if the checkpoint was written with one.
+        args: the Trainer's arguments.
+        state: the Trainer's state, as it was saved.
+
+    Raises:
+        AnchorFileError: the file belongs to another model, scope or number of processes.
+    """
+    directory = Path(directory or Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+    found = any(gathered(any(directory.glob(f"{AVERAGE}*"))))
+    if average is None and found:
+        logger.warning(
+            "The weights of %s are a moving average, and the run goes on from them: set `ema_decay` as it was to go on "
+            "from the weights that `%s` beside them keeps.",
+            directory,
+            AVERAGE,
+        )
+    elif average is not None and not found:
+        logger.warning("%s has no average; one begins from its weights.", directory)
+        average.follow()
+    elif average is not None:
+        with together():
+            refuse_other_world_size(directory, args.world_size)
+        file = _file_in(directory, average, args, AVERAGE)
+        with nullcontext() if average.layout == "rows" else together():
+            average.load(file)
+
+
 def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:
     if store is not None and store.layout == "rows":  # a collective, whose errors are common already
         return store.load(file)
@@ -186,15 +233,18 @@ def _trail_digest(events: list[dict[str, Any]]) -> str:
     return hashlib.blake2b(trail.encode(), digest_size=16).hexdigest()
 
 
-def _writes(args: TrainingArguments, store: AnchorStore | None) -> bool:
-    """Whether this rank writes an anchor file, or its part of one."""
+def _writes(args: TrainingArguments, store: AnchorStore | Average | None) -> bool:
+    """Whether this rank writes a file, or its part of one."""
     return args.should_save or (store is not None and store.layout != "whole")
 
 
-def _file_in(directory: str | Path, store: AnchorStore | None, args: TrainingArguments) -> Path:
+def _file_in(
+    directory: str | Path, store: AnchorStore | Average | None, args: TrainingArguments, stem: str = ANCHOR
+) -> Path:
     return anchor_file(
         directory,
         "whole" if store is None else store.layout,
         rank=args.process_index,
         world_size=args.world_size,
+        stem=stem,
     )

@@ -3,12 +3,14 @@ forward and backward for a step whose outcome a reset discards."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
 
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
@@ -25,7 +27,8 @@ PRIVATE_HOOKS = {
     "_get_dataloader": "all loaders come through it, and only there is the sampler made apart from the data set",
     "_prepare_for_training": "the last call before the first step that is told the checkpoint, where rows are refused",
     "_evaluate": "rows are shared after an evaluation amid training, when callbacks have judged it",
-    "_save_checkpoint": "a directory written before must not pass for whole while it is written again",
+    "_save_checkpoint": "a directory written before must not pass for whole while it is written again; and FSDP and "
+    "DeepSpeed save weights outside `save_model`, which must be the average's too",
     "_save_rng_state": "the last call on every rank before `trainer_state.json`, which seals a checkpoint",
     "_load_optimizer_and_scheduler": "the only call that is told the checkpoint's directory",
 }
@@ -47,6 +50,8 @@ class ResetTrainerMixin(RowMemoryMixin):
           the logs, and so in TensorBoard, W&B and the rest.
         - `reset_metric="eval_calibrated_loss"` needs no `compute_metrics`, and resets of single-label
           classifiers begin on the evidence of validation rows.
+        - `ema_decay`: the average is swapped in where the Trainer evaluates, predicts and saves. A checkpoint's model
+          is the average; the live weights lie beside the anchor, for the resume.
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
@@ -93,6 +98,7 @@ class ResetTrainerMixin(RowMemoryMixin):
         assert self.reset_callback is not None
         if self.reset_callback.rows is None:
             self.reset_callback.rows = row_source(self, self.reset_callback.config)
+        self.reset_callback.can_average = True
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):
@@ -105,6 +111,21 @@ class ResetTrainerMixin(RowMemoryMixin):
         if self._discards_step():
             return self._running_loss()
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; in training with `ema_decay`, of the average."""
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As `Trainer.predict`; in training with `ema_decay`, by the average."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As `Trainer.save_model`; in training with `ema_decay`, of the average."""
+        with self._averaged():
+            super().save_model(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As `Trainer.log`, with the reset figures beside the training loss."""
@@ -124,7 +145,8 @@ class ResetTrainerMixin(RowMemoryMixin):
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (directory / "trainer_state.json").unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial, *args, **kwargs)
+        with self._averaged():
+            super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -137,6 +159,9 @@ class ResetTrainerMixin(RowMemoryMixin):
             self.reset_callback.resume_from_checkpoint = checkpoint
 
     # Steps of the above.
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.reset_callback is None else self.reset_callback.averaged()
 
     def _newest_whole_checkpoint(self) -> str:
         found = gathered(last_whole_checkpoint(self.args.output_dir or "", world_size=self.args.world_size))
