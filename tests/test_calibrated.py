@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, EvalPredicti
 
 from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
 from hf_reset.metrics import calibrated_loss, calibrated_rows, with_calibrated_loss
-from hf_reset.metrics.calibrated import MINIMUM_ROWS
+from hf_reset.metrics.evaluation import MINIMUM_ROWS
 
 
 def planted(num_rows, num_classes, noise, temperature, spread=2.0, seed=0):

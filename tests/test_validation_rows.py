@@ -10,7 +10,7 @@ from transformers import Trainer
 from hf_reset import ResetTrainer, ResetTrainingArguments, StochasticResetCallback
 from hf_reset.errors import MetricError
 from hf_reset.metrics import with_calibrated_loss
-from hf_reset.metrics.calibrated import CalibratedMetrics
+from hf_reset.metrics.evaluation import CalibratedMetrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::hf_reset.errors.WeakEvidenceWarning")
 

@@ -1,7 +1,7 @@
 """Measures of a classifier under label noise: as functions of arrays, and as ``evaluate.Metric`` modules.
 
-`functions` (accuracy, macro-F1, label memory), `calibrated` (the validation loss that noise cannot fool, and the
-`compute_metrics` that adds it), `modules` (the functions for ``evaluate``).
+`functions` (accuracy, macro-F1, label memory), `calibrated` (the validation loss that noise cannot fool) and
+`evaluation` (the `compute_metrics` that adds it), `modules` (the functions for ``evaluate``).
 
 The functions need numpy only; ``evaluate`` is imported when one of the modules is first asked for.
 """
@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_reset.metrics.calibrated import CalibratedLoss, calibrated_loss, calibrated_rows, with_calibrated_loss
+    from hf_reset.metrics.calibrated import CalibratedLoss, calibrated_loss, calibrated_rows
+    from hf_reset.metrics.evaluation import with_calibrated_loss
     from hf_reset.metrics.functions import accuracy, label_memory, macro_f1
     from hf_reset.metrics.modules import Accuracy, LabelMemory, MacroF1
 
@@ -26,7 +27,7 @@ _HOME = {
     "calibrated_rows": "hf_reset.metrics.calibrated",
     "label_memory": "hf_reset.metrics.functions",
     "macro_f1": "hf_reset.metrics.functions",
-    "with_calibrated_loss": "hf_reset.metrics.calibrated",
+    "with_calibrated_loss": "hf_reset.metrics.evaluation",
 }
 
 __all__ = [

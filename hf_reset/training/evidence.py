@@ -20,7 +20,7 @@ EVALUATIONS = 2  # that are averaged before they are held against the anchor: on
 
 
 class RowSource(Protocol):
-    """What an evaluation leaves behind for a paired comparison, such as `hf_reset.metrics.CalibratedMetrics`."""
+    """What an evaluation leaves behind for a paired comparison: `hf_reset.metrics.evaluation.CalibratedMetrics`."""
 
     def take_rows(self) -> tuple[_Rows, _Rows] | None:
         """Losses of the rows of the last evaluation, and those of a model that knows the labels' frequencies alone.

@@ -8,7 +8,8 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_reset.errors import MetricError
-from hf_reset.metrics.calibrated import METRIC_NAMES, CalibratedMetrics
+from hf_reset.metrics.calibrated import METRIC_NAMES
+from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.policy import ResetConfig
 from hf_reset.training.evidence import RowSource
 
