@@ -71,7 +71,8 @@ class ResetConfig:
         optimizer_state: what a reset does with the optimizer's state of the scope: "restore" what it was at
             the anchor, "zero" it as if fresh, or "keep" it. The learning-rate schedule always goes on.
         storage: where the anchor lies: "device", beside the weights, or "cpu" (pinned where there is CUDA).
-        finish: weights at the end of training: "anchor", or "last" for those of the last step. Where
+        finish: weights at the end of training: "anchor", or "last" for those of the last step. Under `patience`
+            None the last ones stay where validation cannot tell them apart, see `finishes_with_anchor`. Where
             `load_best_model_at_end` loads a checkpoint, that one stands. "anchor" is all that was evaluated then:
             under a partial scope the other trainable weights are kept too, for their bytes, without optimizer state.
         max_resets: resets after which no more happen; None: no limit. 0 keeps the best weights in memory,
@@ -174,6 +175,7 @@ class ResetState:
         last_reset_step: index of the last step that ended in a reset.
         plan: what `probability="auto"` knows and has chosen; None with a probability of the user's.
         worse: the last evaluation's margin above the anchor, in standard errors; None where it is not known.
+        learned: how far the anchor lies below what the labels' frequencies alone give, likewise.
         values: the metric at each evaluation, in order; it stands in for rows where an evaluation has none.
         harmed: whether the excursion now under way has been seen to go wrong, by `HARMED`.
         fruitless: excursions in a row from this anchor that were not.
@@ -189,6 +191,7 @@ class ResetState:
     last_reset_step: int | None = None
     plan: Plan | None = None
     worse: float | None = None
+    learned: float | None = None
     values: tuple[float, ...] = ()
     harmed: bool = False
     fruitless: int = 0
@@ -316,6 +319,20 @@ def sequence_margin(values: Sequence[float], *, greater_is_better: bool) -> floa
         return None
     above = (known[-1] + known[-2]) / 2 - min(known)
     return (above / noise - math.sqrt(2 * math.log(len(known)))) / math.sqrt(1 / 2) - 1
+
+
+def finishes_with_anchor(config: ResetConfig, state: ResetState) -> bool:
+    """Whether training ends with the anchor's weights: as `finish` says, but for one case.
+
+    Where resets were to begin on evidence and never did, validation rows may not be able to tell the anchor from the
+    last weights: it lies less than one standard error below them (`HARMED`), or not `TURNED` below what the labels'
+    frequencies alone give. It was then picked from fluctuations, and the last weights stay.
+    """
+    if config.finish != "anchor":
+        return False
+    if config.patience is not None or not config.can_reset or state.armed or state.learned is None:
+        return True
+    return state.learned >= TURNED and (state.worse is None or state.worse >= HARMED)
 
 
 def is_better(metric: float, best: float | None, *, greater_is_better: bool, min_delta: float = 0.0) -> bool:

@@ -248,6 +248,24 @@ def test_patience_does_not_ask_for_evidence():
     assert watched([None, None], ResetConfig(patience=2)).armed_step == 30
 
 
+@pytest.mark.parametrize(
+    ("fields", "config", "expected"),
+    [
+        ({"worse": 0.9, "learned": 9.0}, {}, False),  # the last weights are as good, as far as can be told
+        ({"worse": 1.0, "learned": 9.0}, {}, True),
+        ({"worse": 5.0, "learned": 1.9}, {}, False),  # the anchor knows no more than the labels' frequencies
+        ({"worse": None, "learned": 9.0}, {}, True),  # the last evaluation was the best
+        ({"worse": None, "learned": None}, {}, True),  # no rows: as the user said
+        ({"worse": 0.0, "learned": 9.0, "armed_step": 5}, {}, True),  # validation did turn
+        ({"worse": 0.0, "learned": 9.0}, {"patience": 2}, True),
+        ({"worse": 0.0, "learned": 9.0}, {"max_resets": 0}, True),  # the best weights are what was asked for
+        ({"worse": 5.0, "learned": 9.0}, {"finish": "last"}, False),
+    ],
+)
+def test_a_run_that_validation_cannot_judge_ends_with_its_last_weights(fields, config, expected):
+    assert policy.finishes_with_anchor(ResetConfig(**config), ResetState(anchor_step=1, **fields)) is expected
+
+
 def excursions(harmed):
     """The stretch after each excursion: seen to go wrong or not."""
     state, stretches = ResetState(anchor_step=1), []

@@ -156,3 +156,12 @@ def test_with_nothing_to_reset_it_is_the_plain_trainer(tmp_path):
     idle, two = reset_run(tmp_path / "idle", reset_probability=0.0, reset_finish="last")
     assert idle.compute_metrics is None
     assert equal(one.after_step[15], two.after_step[15])
+
+
+def test_a_short_run_ends_with_its_last_weights_and_says_so(tmp_path, caplog):
+    """Two evaluations, neither far from chance: nothing says that the better one is better."""
+    with caplog.at_level("INFO", "hf_reset.training.callback"):
+        trainer, recorder = run(tmp_path, max_steps=4, eval_steps=2, learning_rate=1e-4, reset_finish="anchor")
+    assert trainer.reset_callback.reset_state.learned < 2
+    assert equal(dict(recorder.after_step[4]), {n: p.detach() for n, p in trainer.model.named_parameters()})
+    assert "cannot tell the anchor" in caplog.text

@@ -7,7 +7,7 @@ import logging
 import numbers
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hf_reset.anchor.ranks import together
 from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, UnsupportedError
-from hf_reset.policy import ResetConfig, ResetState, decide, observe, probability_now
+from hf_reset.policy import ResetConfig, ResetState, decide, finishes_with_anchor, observe, probability_now
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import Margins, RowEvidence, RowSource
 from hf_reset.training.metric import MetricWatch
@@ -151,6 +151,7 @@ class StochasticResetCallback(TrainerCallback):
         )
         if rows is not None:
             run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
+            self.reset_state = replace(self.reset_state, learned=run.evidence.learned)
         if moved:
             self._move_anchor(state)
         self._record_plan(state)
@@ -250,7 +251,7 @@ class StochasticResetCallback(TrainerCallback):
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             logger.info("`load_best_model_at_end` loaded %s; the anchor is left aside.", state.best_model_checkpoint)
-        elif self.config.finish == "anchor" and self.store is not None and self.store.is_set:
+        elif self.store is not None and self.store.is_set and self._finishes_with_anchor():
             if not self.store.finish():
                 logger.warning(
                     "The anchor was written without the weights outside the scope %r, so the model now holds the "
@@ -259,6 +260,16 @@ class StochasticResetCallback(TrainerCallback):
                 )
         elif self.average is not None:
             self.average.put_in()
+
+    def _finishes_with_anchor(self) -> bool:
+        finishes = finishes_with_anchor(self.config, self.reset_state)
+        if self.config.finish == "anchor" and not finishes:
+            logger.info(
+                "Validation cannot tell the anchor of step %s from the last weights, which stay. More validation rows "
+                "would tell; a number for `patience` ends with the anchor all the same.",
+                self.reset_state.anchor_step,
+            )
+        return finishes
 
     def _new_average(self, decay: float, model: Any, optimizer: Any) -> Average:
         if not self.can_average:

@@ -59,12 +59,16 @@ class RowEvidence:
     baseline: _Rows | None = None
     recent: tuple[_Rows, ...] = field(default=())
 
+    @property
+    def learned(self) -> float | None:
+        """How far the anchor lies below the labels' frequencies, in standard errors; None where it is not known."""
+        return None if self.anchor is None or self.baseline is None else paired_margin(self.baseline, self.anchor)
+
     def margins(self, rows: _Rows) -> Margins:
         """What an evaluation with these rows says of itself and of the anchor."""
         if self.anchor is None or self.anchor.shape != rows.shape:
             return Margins()  # no anchor yet, or the evaluation set is another one now
-        learned = None if self.baseline is None else paired_margin(self.baseline, self.anchor)
-        return Margins(paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor), learned)
+        return Margins(paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor), self.learned)
 
     def seen(self, rows: _Rows) -> RowEvidence:
         """With one more evaluation that the anchor did not move to."""
