@@ -13,7 +13,8 @@ from transformers import Trainer
 
 from hf_reset.diagnostics import LabelMemoryCallback
 from hf_reset.excursions import recorded_events, with_events
-from hf_reset.training.advisor import ResetAdvisorCallback
+from hf_reset.policy import ResetState
+from hf_reset.training.advisor import ResetAdvisorCallback, _within_noise
 
 
 def learnable(n, seed, noise=0.0):
@@ -103,6 +104,22 @@ def test_improvements_that_may_be_noise(tmp_path):
         max_steps=24,
     )
     assert "on 32 validation rows: they may be noise" in said["within_noise"]
+
+
+@pytest.mark.parametrize(("margin", "is_noise"), [(-0.8, True), (-4.0, False)])
+def test_improvements_of_a_loss_are_judged_by_their_rows(margin, is_noise):
+    """Where evaluations leave their rows behind, the margin of an anchor move is its own standard errors."""
+
+    class Loader:
+        dataset = VALIDATION
+
+    events = [{"kind": "anchor", "step": 10 * k, "metric": 1.0 - 0.01 * k, "margin": margin} for k in range(6)]
+    said = _within_noise(events, ResetState(armed_step=5), Loader(), "eval_calibrated_loss", -1)
+    assert (said is not None) == is_noise
+    if is_noise:
+        assert "better by 0.01 in the middle, with a paired standard error of 0.013 on 32 validation rows" in said
+    bare = [{k: v for k, v in event.items() if k != "margin"} for event in events]
+    assert _within_noise(bare, ResetState(armed_step=5), Loader(), "eval_loss", -1) is None  # nothing to judge by
 
 
 def test_validation_that_follows_the_wrong_labels(tmp_path):

@@ -119,13 +119,17 @@ def _near_chance(now: ResetState, waited: int, model: Any, greater: bool) -> str
 
 
 def _within_noise(events: Sequence[dict[str, Any]], now: ResetState, loader: Any, key: str, sign: int) -> str | None:
-    """For accuracies: of a loss, the rows' differences would be needed."""
+    """For accuracies, and where evaluations leave their rows behind."""
     rows = getattr(loader, "dataset", None)
-    if not key.endswith("accuracy") or not isinstance(rows, Sized) or now.armed_step is None:
+    if not isinstance(rows, Sized) or now.armed_step is None:
         return None
-    anchors = [event for event in events if event["kind"] == "anchor"]
-    steps = [(sign * (b["metric"] - a["metric"]), b["step"]) for a, b in pairwise(anchors)]
-    return advice.within_noise([gain for gain, step in steps if step > now.armed_step][-5:], len(rows))
+    pairs = pairwise([event for event in events if event["kind"] == "anchor"])
+    moves = [(sign * (b["metric"] - a["metric"]), b.get("margin")) for a, b in pairs if b["step"] > now.armed_step][-5:]
+    gains = [gain for gain, _ in moves]
+    errors = [gain / abs(margin) for gain, margin in moves if margin]
+    if not errors and not key.endswith("accuracy"):
+        return None
+    return advice.within_noise(gains, len(rows), standard_error=float(np.median(errors)) if errors else None)
 
 
 def _chance(model: Any, *, is_loss: bool) -> float | None:

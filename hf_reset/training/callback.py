@@ -51,6 +51,8 @@ class StochasticResetCallback(TrainerCallback):
         distance: Euclidean distance that the live weights (a reset) or the anchor (a move) went; None for
             the first anchor. Where weights are sharded, over this rank's share.
         anchor_step: optimizer steps done when that anchor was taken.
+        margin: of an anchor move whose rows are known, how much better they are than the anchor's before, in standard
+            errors of the paired difference, below 0.
         probability: in a plan, the r chosen; with the `excursions` and `improvements` behind it, older ones
             counting less.
 
@@ -153,7 +155,7 @@ class StochasticResetCallback(TrainerCallback):
             run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
             self.reset_state = replace(self.reset_state, learned=run.evidence.learned)
         if moved:
-            self._move_anchor(state)
+            self._move_anchor(state, margins.worse)
         self._record_plan(state)
 
     def on_step_begin(
@@ -292,12 +294,12 @@ class StochasticResetCallback(TrainerCallback):
     def _progress(self, run: _Run, args: TrainingArguments) -> Progress:
         return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
 
-    def _move_anchor(self, state: TrainerState) -> None:
+    def _move_anchor(self, state: TrainerState, margin: float | None) -> None:
         distance = None
         if self.store is not None:
             distance = self.store.distance() if self.store.is_set else None
             self.store.snapshot()
-        self._record(state, "anchor", distance)
+        self._record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
 
     def _record_plan(self, state: TrainerState) -> None:
         """A choice of `probability="auto"`, where it is another than the last."""
