@@ -11,7 +11,6 @@ import torch
 from hf_reset import RefinementConfig
 from hf_reset.errors import ConfigError
 from hf_reset.rows import ResponseMemory, RowMemory, refine, refine_responses
-from hf_reset.rows.responses import estimate_response_noise
 
 ROWS, CLASSES = 240, 4
 CLEAN = torch.arange(ROWS) % CLASSES
@@ -167,11 +166,11 @@ def test_configuration_is_checked(options, message):
 
 
 def responses(share_misplaced=0.3, num_rows=1000):
-    """Ratios of 0.6 ± 0.1 where the response fits, 1 ± 0.05 where it is another's."""
+    """Ratios of 0.5 ± 0.1 where the response fits, 1.1 ± 0.1 where it is another's."""
     generator = torch.Generator().manual_seed(0)
     is_misplaced = torch.arange(num_rows) < share_misplaced * num_rows
     noise = torch.randn(num_rows, generator=generator)
-    ratios = torch.where(is_misplaced, 1 + 0.05 * noise, 0.6 + 0.1 * noise)
+    ratios = torch.where(is_misplaced, 1.1, 0.5) + 0.1 * noise
     memory = ResponseMemory(num_rows)
     memory.set_reference(torch.arange(num_rows), torch.full((num_rows,), 4.0))
     for _ in range(2):
@@ -182,11 +181,13 @@ def responses(share_misplaced=0.3, num_rows=1000):
 
 def test_misplaced_responses_are_counted_by_those_that_the_prompt_hinders():
     for share in (0.0, 0.3, 0.6):
-        memory, _ = responses(share)
-        # Twice a binomial share: standard error 2 sqrt(share / 2 (1 - share / 2) / 1000) is below 0.03.
-        assert estimate_response_noise(memory.ratios) == pytest.approx(share, abs=0.09)
-    assert estimate_response_noise(torch.full((3,), math.nan)) == 0
-    assert estimate_response_noise([2.0, 3.0]) == 1
+        memory, is_misplaced = responses(share)
+        # One normal deviate in six lies a standard deviation below its mean, with four standard errors.
+        assert memory.estimated_noise == pytest.approx(0.84 * share, abs=0.065 * share)
+        found = refine_responses(memory, SOFT)
+        assert torch.equal(found.is_suspect, memory.ratios > 1)
+        assert found.is_active == is_misplaced.any()
+    assert ResponseMemory(3).estimated_noise == 0
 
 
 def test_misplaced_responses_are_weighed_down_or_left_out():

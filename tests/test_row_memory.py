@@ -10,7 +10,7 @@ import torch
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.rows.memory import RowMemory
 from hf_reset.rows.responses import ResponseMemory
-from hf_reset.rows.suspects import find_suspects, suspects_of
+from hf_reset.rows.suspects import find_suspects, suspect_responses, suspects_of
 
 ROWS, CLASSES = 13, 4
 LABELS = torch.arange(ROWS) % CLASSES
@@ -267,3 +267,28 @@ def test_responses_are_saved_exactly_and_refused_in_words():
         memory.update(torch.tensor([1]), torch.tensor([0.5, 1.0]))
     with pytest.raises(DataError, match="must be above 0, got -1"):
         memory.set_reference(torch.tensor([1]), torch.tensor([-1.0]))
+
+
+def test_suspect_responses_are_those_that_the_prompt_hinders():
+    memory = ResponseMemory(6)
+    memory.set_reference(torch.arange(5), torch.full((5,), 2.0))
+    memory.update(torch.tensor([0, 1, 2, 3, 5]), torch.tensor([1.0, 2.5, 3.0, 1.9, 9.0]))
+    memory.share()
+    table = suspect_responses(memory, in_training=torch.arange(6) < 5)
+    assert table["is_label_issue"].tolist() == [False, True, True, False, False, False]
+    assert table["rank"].fillna(0).tolist() == [4, 2, 1, 3, 0, 0]
+    assert table["label_quality"][:4].tolist() == pytest.approx([1 / 1.5, 1 / 2.25, 1 / 2.5, 1 / 1.95])
+    assert table[["ratio", "label_quality", "reference_loss"]].isna().sum().tolist() == [2, 2, 1]
+    assert table["visits"].tolist() == [1, 1, 1, 1, 0, 1]
+    assert table["in_training"].tolist() == [True] * 5 + [False]
+    assert suspect_responses(memory, budget=1)["is_label_issue"].tolist() == [False, False, True, False, False, False]
+    assert suspect_responses(memory, noise_rate=0.75)["is_label_issue"].tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(DataError, match="`noise_rate` must be in"):
+        suspect_responses(memory, noise_rate=2)

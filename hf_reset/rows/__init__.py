@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_reset.rows.memory import RowMemory
     from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refine_responses
     from hf_reset.rows.responses import ResponseMemory
-    from hf_reset.rows.suspects import find_suspects, rank_by_margin, suspects_of
+    from hf_reset.rows.suspects import find_suspects, rank_by_margin, suspect_responses, suspects_of
 
 _HOME = {
     "NoiseEstimate": "hf_reset.rows.confident",
@@ -31,6 +31,7 @@ _HOME = {
     "rank_by_margin": "hf_reset.rows.suspects",
     "refine": "hf_reset.rows.refinement",
     "refine_responses": "hf_reset.rows.refinement",
+    "suspect_responses": "hf_reset.rows.suspects",
     "suspects_of": "hf_reset.rows.suspects",
 }
 
@@ -45,6 +46,7 @@ __all__ = [
     "rank_by_margin",
     "refine",
     "refine_responses",
+    "suspect_responses",
     "suspects_of",
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_reset.errors import ConfigError
 from hf_reset.rows.confident import estimate_noise
 from hf_reset.rows.memory import RowMemory
-from hf_reset.rows.responses import ResponseMemory, estimate_response_noise
+from hf_reset.rows.responses import ResponseMemory
 from hf_reset.rows.suspects import lowest, lowest_of_each_class
 
 MODES = ("off", "soft", "drop", "mix")
@@ -136,7 +136,8 @@ def refine_responses(
     """Weigh down the responses that their prompts do not help to foresee.
 
     Suspects have the highest ratio of the loss given the prompt to the loss without it: as many as
-    `config.noise_rate` says, or else `estimate_response_noise`.
+    `config.noise_rate` says, or else the memory's
+    `estimated_noise`.
 
     Args:
         memory: After `share`, and with the losses without prompts set.
@@ -155,7 +156,7 @@ def refine_responses(
     if reason:
         return _nothing(memory.num_rows, reason)
     ratios = memory.ratios.double().numpy()
-    rate = estimate_response_noise(ratios) if config.noise_rate is None else config.noise_rate
+    rate = memory.estimated_noise if config.noise_rate is None else config.noise_rate
     is_judged = ~np.isnan(ratios)
     is_suspect = torch.from_numpy(lowest(-ratios, is_judged, round(rate * is_judged.sum())))
     weight = 0.0 if config.mode == "drop" else config.suspect_weight

@@ -14,6 +14,7 @@ from hf_reset.rows.confident import check_predictions, estimate_noise
 
 if TYPE_CHECKING:
     from hf_reset.rows.memory import RowMemory
+    from hf_reset.rows.responses import ResponseMemory
 
 
 def find_suspects(
@@ -127,10 +128,9 @@ def rank_by_margin(
         "margin": values,
         **{name: to_numpy(column) for name, column in columns.items() if column is not None},
     }
-    _check_columns(table, columns)
-    frame = pd.DataFrame(table, index=pd.RangeIndex(len(values), name="row"))
-    frame["rank"] = frame["label_quality"].rank(method="first").astype("Int64")
-    return frame
+    if taken := sorted({*list(table)[:5], "rank"} & columns.keys()):
+        raise DataError(f"`{taken[0]}` is a column of the table already. Call yours by another name.")
+    return _ranked(table)
 
 
 def suspects_of(
@@ -169,6 +169,49 @@ def suspects_of(
     if memory.keeps_probabilities:
         return find_suspects(memory.probabilities, given, margins=memory.margins, **options)
     return rank_by_margin(memory.margins, given, memory.last_predicted.long(), **options)
+
+
+def suspect_responses(
+    memory: ResponseMemory,
+    *,
+    noise_rate: float | None = None,
+    budget: int | None = None,
+    in_training: Any = None,
+) -> pd.DataFrame:
+    """The responses that look as if they belonged to other prompts, from what a run keeps of them.
+
+    Args:
+        memory: After `share`, and with the losses without prompts set.
+        noise_rate: Share of misplaced responses in [0, 1]; None: the memory's `estimated_noise`, which
+            flags those that are harder to foresee with their prompt than without.
+        budget: At most this many rows are flagged, the worst. None: no limit.
+        in_training: Which rows were in the training set, shape (N,), for a column of that name.
+
+    Returns:
+        A table indexed by the row's number with the columns `is_label_issue`, `label_quality` (1 / (1 + ratio) in
+        [0, 1], low is bad, below 0.5 where the prompt hinders), `loss` (mean token loss given the prompt),
+        `reference_loss` (without it), `ratio` of the two, `visits`, `in_training` where given, and `rank` (1 is
+        the worst). What is missing in a row without visit or reference is NaN, and the row is no issue.
+
+    Raises:
+        DataError: An option out of range.
+    """
+    ratios = to_numpy(memory.ratios).astype(np.float64)
+    is_judged = ~np.isnan(ratios)
+    rate = memory.estimated_noise if noise_rate is None else noise_rate
+    is_issue = is_judged
+    for limit in (_rows_allowed(rate, int(is_judged.sum())), _check_budget(budget)):
+        is_issue = is_issue if limit is None else lowest(-ratios, is_issue, limit)
+    table = {
+        "is_label_issue": is_issue,
+        "label_quality": 1 / (1 + ratios),
+        "loss": to_numpy(memory.losses),
+        "reference_loss": to_numpy(memory.reference),
+        "ratio": ratios,
+        "visits": to_numpy(memory.visits),
+        **({} if in_training is None else {"in_training": to_numpy(in_training)}),
+    }
+    return _ranked(table)
 
 
 def lowest(values: NDArray[np.float64], among: NDArray[np.bool_], limit: int) -> NDArray[np.bool_]:
@@ -214,13 +257,11 @@ def _check_budget(budget: int | None) -> int | None:
     return budget
 
 
-def _check_columns(table: dict[str, NDArray[Any]], more: dict[str, Any]) -> None:
-    taken = sorted(
-        {"is_label_issue", "label_quality", "given_label", "predicted_label", "margin", "rank"} & more.keys()
-    )
-    if taken:
-        raise DataError(f"`{taken[0]}` is a column of the table already. Call yours by another name.")
-    num_rows = len(table["given_label"])
+def _ranked(table: dict[str, NDArray[Any]]) -> pd.DataFrame:
+    num_rows = len(table["is_label_issue"])
     for name, column in table.items():
         if column.shape != (num_rows,):
             raise DataError(f"`{name}` must hold one value for each of {num_rows} rows, got shape {column.shape}.")
+    frame = pd.DataFrame(table, index=pd.RangeIndex(num_rows, name="row"))
+    frame["rank"] = frame["label_quality"].rank(method="first").astype("Int64")
+    return frame
