@@ -12,7 +12,13 @@ from hf_reset.errors import ConfigError
 def test_each_field_of_the_config_is_there_with_its_default():
     ours = {f.name: f.default for f in fields(ResetArguments)}
     config = {f"reset_{f.name}": f.default for f in fields(ResetConfig)}
-    others = {"reset_advice": True, "reset_loss": None, "reset_loss_options": None, "reset_row_memory": None}
+    others = {
+        "reset_advice": True,
+        "reset_loss": None,
+        "reset_loss_options": None,
+        "reset_row_memory": None,
+        "reset_refine": "off",
+    }
     assert ours == config | others
     assert all(f.metadata["help"] for f in fields(ResetArguments))
 

@@ -138,6 +138,16 @@ def test_soft_targets_equal_cross_entropy_with_probabilities():
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_expected_rows_are_the_loss_of_labels_drawn_from_the_targets(name):
+    logits, labels = batch()
+    targets = batch(seed=1)[0].softmax(-1)
+    every = torch.stack([LOSSES[name].rows(logits, torch.full((12,), k)) for k in range(5)], dim=1)
+    torch.testing.assert_close(losses.expected_rows(LOSSES[name].rows, logits, targets), (targets * every).sum(1))
+    certain = losses.expected_rows(LOSSES[name].rows, logits, F.one_hot(labels, 5))
+    torch.testing.assert_close(certain, LOSSES[name].rows(logits, labels))
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_rows_are_what_the_reducer_averages(name):
     logits, labels = batch()
     rows = LOSSES[name].rows(logits, labels)

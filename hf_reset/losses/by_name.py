@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_reset.errors import ConfigError
+from hf_reset.losses.memory import REMEMBERING_LOSSES
 from hf_reset.losses.reduce import Loss
 from hf_reset.losses.robust import (
     active_passive_rows,
@@ -73,7 +74,8 @@ def named_loss(name: str, **options: Any) -> Loss:
         ConfigError: an unknown name, or an option that this loss does not take or cannot have.
     """
     if name not in LOSSES:
-        raise ConfigError(f"`loss` must be one of {', '.join(LOSSES)}, got {name!r}.")
+        remedy = " It remembers rows, which ResetTrainer knows: use `reset_loss`." if name in REMEMBERING_LOSSES else ""
+        raise ConfigError(f"`loss` must be one of {', '.join(LOSSES)}, got {name!r}.{remedy}")
     loss = LOSSES[name]
     known = sorted([*loss.options, "ignore_index"])
     if unknown := sorted(set(options) - set(known)):

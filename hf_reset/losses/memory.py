@@ -9,6 +9,7 @@ exactly what one process alone would.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -266,3 +267,27 @@ REMEMBERING_LOSSES: dict[str, type[EarlyLearningRegularization]] = {
     "early_learning_regularization": EarlyLearningRegularization,
 }
 """Losses by name that `ResetTrainer` makes for its training set; the rest of their keywords are options."""
+
+
+def named_remembering_loss(
+    name: str, num_rows: int, num_classes: int, *, shared: bool = False, **options: Any
+) -> EarlyLearningRegularization:
+    """The loss of `REMEMBERING_LOSSES` called `name`, for a training set.
+
+    Args:
+        name: a key of `REMEMBERING_LOSSES`.
+        num_rows: rows of the training set.
+        num_classes: C.
+        shared: whether several processes train together.
+        options: the loss's own keywords, such as `weight` and `momentum`.
+
+    Raises:
+        ConfigError: an unknown name, or an option that this loss does not take or cannot have.
+    """
+    if name not in REMEMBERING_LOSSES:
+        raise ConfigError(f"`loss` must be one of {', '.join(REMEMBERING_LOSSES)}, got {name!r}.")
+    made = REMEMBERING_LOSSES[name]
+    known = sorted(set(inspect.signature(made).parameters) - {"num_rows", "num_classes", "shared"})
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"loss {name!r} takes no {', '.join(unknown)}; it takes {', '.join(known)}.")
+    return made(num_rows, num_classes, shared=shared, **options)

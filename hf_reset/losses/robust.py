@@ -283,6 +283,29 @@ def soft_target_rows(logits: Tensor, targets: Tensor) -> Tensor:
     return in_chunks(lambda z, t: -(t.to(z.dtype) * z.log_softmax(dim=1)).sum(dim=1), logits, targets)
 
 
+def expected_rows(rows: Callable[..., Tensor], logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    """Any loss of rows against whole distributions: its mean over labels drawn from them, Σ_k t_k ℓ(z, k).
+
+    For cross-entropy it is `soft_target_rows`; for the others it works out the loss of every label, (N, C, C)
+    numbers.
+
+    Args:
+        rows: a loss of rows, (N, C) and (N,) → (N,).
+        logits: z, (N, C).
+        targets: t, (N, C), each row at least 0 with sum 1; no gradient goes to them.
+        options: the loss's own keywords.
+
+    Returns:
+        (N,).
+    """
+    if rows is cross_entropy_rows:
+        return soft_target_rows(logits, targets)
+    classes = logits.shape[1]
+    labels = torch.arange(classes, device=logits.device).repeat(len(logits))
+    every = rows(logits.repeat_interleave(classes, dim=0), labels, **options).view(-1, classes)
+    return (targets.to(every.dtype) * every).sum(dim=1)
+
+
 def _check_weights(alpha: float, beta: float, log_zero: float) -> None:
     if not (alpha >= 0.0 and beta >= 0.0 and 0.0 < alpha + beta < math.inf):
         raise ConfigError(

@@ -4,7 +4,7 @@
 * `visits`: what each step saw of its rows, shared among processes and replayed in order;
 * `memory` and `responses`: what is kept of each row, for classes and for responses to prompts;
 * `confident`: noise rates and the confusion of labels, estimated from predicted probabilities;
-* `suspects`: the rows whose label looks wrong, ranked, as a table;
+* `suspects`: the rows whose label or response looks wrong, ranked, as a table;
 * `refinement`: what to train on in their place, and the limits to it.
 """
 

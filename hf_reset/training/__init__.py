@@ -6,7 +6,8 @@
 * `arguments` and `trainer`: the same from the command line, with exact resume from anywhere; `sft`: for TRL;
 * `advisor`: says in the log what goes wrong with the resets;
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model; `memory`:
-  what is remembered of them, and the suspects among them;
+  what is remembered of them, and the suspects among them; `refining` and `responses`: losses of rows, weights, and
+  corrected targets;
 * `ema`: a moving average of the weights, swapped in where the Trainer evaluates and saves;
 * `best_weights`: the best evaluated weights of any run, kept in memory.
 """

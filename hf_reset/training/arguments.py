@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_reset.errors import ConfigError
-from hf_reset.losses.by_name import LOSSES, compute_loss_func, shifts_labels
+from hf_reset.losses.by_name import LOSSES, named_loss
+from hf_reset.losses.memory import REMEMBERING_LOSSES, named_remembering_loss
 from hf_reset.policy import ResetConfig
+from hf_reset.rows.refinement import MODES
 
 _PREFIX = "reset_"
 
@@ -87,13 +87,20 @@ class ResetArguments:
     reset_loss: str | None = field(
         default=None,
         metadata={
-            "help": "A robust loss to train with, by its name in hf_reset.losses (gce, sce). Default: the model's."
+            "help": "A loss to train with, by its name in hf_reset.losses (gce, sce, elr, …). Default: the model's."
         },
     )
     reset_loss_options: str | None = field(
         default=None, metadata={"help": 'Options of that loss as JSON, such as {"q": 0.7}.'}
     )
 
+    reset_refine: Literal["off", "soft", "drop", "mix"] = field(
+        default="off",
+        metadata={
+            "help": "What becomes of rows whose label the run believes wrong, once resets have begun: trained towards "
+            "what was predicted for them (soft), left out (drop), or a mixture (mix)."
+        },
+    )
     reset_row_memory: bool | None = field(
         default=None,
         metadata={
@@ -112,8 +119,10 @@ class ResetArguments:
                 self.reset_probability = float(self.reset_probability)
         self.reset_config()
         self._loss_options()
-        if self.reset_loss is not None and self.reset_loss not in LOSSES:
-            raise ConfigError(f"`reset_loss` must be one of {', '.join(LOSSES)}, got {self.reset_loss!r}.")
+        if self.reset_loss is not None and self.reset_loss not in (known := [*LOSSES, *REMEMBERING_LOSSES]):
+            raise ConfigError(f"`reset_loss` must be one of {', '.join(known)}, got {self.reset_loss!r}.")
+        if self.reset_refine not in MODES:
+            raise ConfigError(f"`reset_refine` must be one of {', '.join(MODES)}, got {self.reset_refine!r}.")
 
     def reset_config(self) -> ResetConfig:
         """The configuration that these fields describe.
@@ -128,16 +137,18 @@ class ResetArguments:
                 values["scope"] = json.loads(scope)
         return ResetConfig(**values)
 
-    def loss_func(self, model: nn.Module) -> Callable[..., Tensor] | None:
-        """The loss that `reset_loss` names, as `Trainer.compute_loss_func`; None for the model's own.
+    def loss_options(self) -> dict[str, Any]:
+        """The options of `reset_loss`, once the loss has been seen to take them.
 
         Raises:
             ConfigError: the loss has no such option, or an option has a value it cannot have.
         """
-        if self.reset_loss is None:
-            return None
-        options = {"shift": shifts_labels(model), **self._loss_options()}
-        return compute_loss_func(self.reset_loss, **options)
+        options = self._loss_options()
+        if self.reset_loss in LOSSES:
+            named_loss(self.reset_loss, **options)
+        elif self.reset_loss is not None:
+            named_remembering_loss(self.reset_loss, 1, 2, **options)
+        return options
 
     def _loss_options(self) -> dict[str, Any]:
         try:

@@ -175,7 +175,7 @@ class StochasticResetCallback(TrainerCallback):
             distance = self.store.distance()
             self.store.restore()
             self.reset_state = self.reset_state.after_reset(state.global_step)
-            self._record(state, "reset", distance)
+            self.record(state, "reset", distance)
             if self._run is not None:
                 self._run.evidence = self._run.evidence.left()
             if self.average is not None:
@@ -299,7 +299,7 @@ class StochasticResetCallback(TrainerCallback):
         if self.store is not None:
             distance = self.store.distance() if self.store.is_set else None
             self.store.snapshot()
-        self._record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
+        self.record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
 
     def _record_plan(self, state: TrainerState) -> None:
         """A choice of `probability="auto"`, where it is another than the last."""
@@ -308,9 +308,10 @@ class StochasticResetCallback(TrainerCallback):
         if plan is None or plan.probability == last or self.reset_state.anchor_step is None:
             return
         known = {"excursions": plan.counts.excursions, "improvements": sum(plan.counts.hits)}
-        self._record(state, "plan", None, probability=plan.probability, **known)
+        self.record(state, "plan", None, probability=plan.probability, **known)
 
-    def _record(self, state: TrainerState, kind: str, distance: float | None, **more: Any) -> None:
+    def record(self, state: TrainerState, kind: str, distance: float | None = None, **more: Any) -> None:
+        """Add to the audit trail, here and where Trainer saves it."""
         record = {
             "kind": kind,
             "step": state.global_step,

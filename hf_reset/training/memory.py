@@ -16,8 +16,10 @@ from hf_reset.anchor.ranks import gathered, together, world_size
 from hf_reset.errors import AnchorFileError, ConfigError, DataError, UnsupportedError
 from hf_reset.files import written_whole
 from hf_reset.losses.by_name import logits_of
-from hf_reset.rows.identity import refuse_unnumbered
+from hf_reset.rows.identity import NumberedRows, refuse_unnumbered
 from hf_reset.rows.memory import MAX_BYTES, RowMemory
+from hf_reset.rows.response_suspects import suspect_responses
+from hf_reset.rows.responses import ResponseMemory
 from hf_reset.rows.suspects import suspects_of
 from hf_reset.training.rows import NumberedBatchesMixin
 
@@ -41,8 +43,9 @@ class RowMemoryMixin(NumberedBatchesMixin):
         why_no_row_memory: why not, in words; None where there is one.
     """
 
-    row_memory: RowMemory | None = None
+    row_memory: RowMemory | ResponseMemory | None = None
     why_no_row_memory: str | None = "no training has begun"
+    _feeds_from_outputs: bool = True  # unless a loss of rows feeds it
 
     def suspects(self, *, noise_rate: float | None = None, budget: int | None = None) -> pd.DataFrame:
         """Rank the rows of the training set by how wrong their label looks; after (or amid) training.
@@ -61,10 +64,14 @@ class RowMemoryMixin(NumberedBatchesMixin):
 
         Raises:
             DataError: this run has no row memory, no row was visited, or there are more classes than rows.
+
+        For instruction data, where refinement is on, the table of `suspect_responses`.
         """
         memory = self.row_memory
         if memory is None:
             raise DataError(f"There are no suspects: {self.why_no_row_memory}.")
+        if isinstance(memory, ResponseMemory):
+            return suspect_responses(memory, noise_rate=noise_rate, budget=budget, in_training=memory.visits > 0)
         return suspects_of(memory, noise_rate=noise_rate, budget=budget, in_training=memory.visits > 0)
 
     # What decides whether there is a memory.
@@ -80,7 +87,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
         unasked = getattr(args, "reset_row_memory", None) is None
         return unasked and is_classifier(getattr(self, "model", None))  # not there yet when TRL prepares its data
 
-    def _begin_rows(self, checkpoint: str | None) -> None:
+    def _begin_rows(self, checkpoint: str | None, loader: Any) -> None:
         """Make the memory of this run, and fill it from a checkpoint; or know why there is none.
 
         Raises:
@@ -89,6 +96,8 @@ class RowMemoryMixin(NumberedBatchesMixin):
         """
         self.row_memory, needed_by = None, self.rows_needed_by(self.args)
         self.why_no_row_memory = self.why_unnumbered() if self.wants_rows(self.args) else self._why_unwanted()
+        if self.why_no_row_memory is None and not isinstance(getattr(loader, "dataset", None), NumberedRows):
+            self.why_no_row_memory = "`get_train_dataloader` was overridden by one that does not number them"
         if self.why_no_row_memory is None:
             self.why_no_row_memory = self._make_memory()
         if self.why_no_row_memory is not None:
@@ -104,10 +113,15 @@ class RowMemoryMixin(NumberedBatchesMixin):
         if not is_classifier(model):
             return "the model is no classifier with one label a row (regression and multi-label have no classes)"
         try:
-            self.row_memory = RowMemory(self.num_train_rows, model.config.num_labels, max_bytes=MAX_BYTES)
+            self.row_memory = RowMemory(
+                self.num_train_rows, model.config.num_labels, decay=self._memory_decay(), max_bytes=MAX_BYTES
+            )
         except ConfigError as error:
             return str(error).rstrip(".")
         return None
+
+    def _memory_decay(self) -> float:
+        return 1.0
 
     def _why_unwanted(self) -> str:
         if getattr(self.args, "reset_row_memory", None) is False:
@@ -123,7 +137,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """As Trainer's; what a training forward said goes into the row memory."""
-        if self.row_memory is None or self.batch_rows is None or not model.training:
+        if not self._feeds_from_outputs or self.row_memory is None or self.batch_rows is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
@@ -132,7 +146,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
 
     def _remember(self, outputs: Any, labels: Any) -> None:
         memory, rows = self.row_memory, self.batch_rows
-        assert memory is not None
+        assert isinstance(memory, RowMemory)
         assert rows is not None
         logits = logits_of(outputs)
         if (reason := _unfit(logits, labels, rows)) is not None:
@@ -160,7 +174,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         with together():
-            self._begin_rows(resume_from_checkpoint)
+            self._begin_rows(resume_from_checkpoint, prepared[1])
         return prepared
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from hf_reset.training.advisor import ResetAdvisorCallback
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_world_size
-from hf_reset.training.memory import RowMemoryMixin
+from hf_reset.training.refining import RefiningMixin
 from hf_reset.training.validation import row_source
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
@@ -34,7 +34,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class ResetTrainerMixin(RowMemoryMixin):
+class ResetTrainerMixin(RefiningMixin):
     """Put in front of any Trainer: `class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer): pass`.
 
     The configuration comes from the `reset_*` fields of the arguments (`ResetTrainingArguments`, or
@@ -55,9 +55,10 @@ class ResetTrainerMixin(RowMemoryMixin):
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
-
-        - A row memory of single-label classifiers, from the training forward's own logits, and `suspects()`. See
+        - A row memory of single-label classifiers, from the training forward's own logits, and `suspects()`: see
           `RowMemoryMixin`.
+        - `reset_refine` trains suspects towards what was predicted for them; `reset_loss="elr"` and `row_weights`
+          know rows too: see `RefiningMixin`.
 
     Raises:
         ConfigError: both a callback and `reset_*` fields were given.
@@ -74,11 +75,6 @@ class ResetTrainerMixin(RowMemoryMixin):
                     "Pass one: plain TrainingArguments with the callback, or ResetTrainingArguments without."
                 )
             self.add_callback(StochasticResetCallback(self.args.reset_config()))
-            assert self.model is not None  # Trainer is not made without one
-            loss = self.args.loss_func(self.model)
-            if loss is not None:
-                # Set here, since SFTTrainer deprecates the constructor's argument.
-                self.compute_loss_func = loss
 
     @property
     def reset_callback(self) -> StochasticResetCallback | None:

@@ -155,13 +155,12 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
     Raises:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
-    import torch
 
     from hf_reset.study.models import refuse_4bit
 
     if options.loss is not None:
         training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
-    training.loss_func(torch.nn.Identity())  # what it refuses is to be refused before anything is trained
+    training.loss_options()  # what it refuses is to be refused before anything is trained
     if options.load_in_4bit:
         refuse_4bit(options.model_name_or_path is None or options.full_finetuning)
 

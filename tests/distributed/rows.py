@@ -1,0 +1,77 @@
+"""Run by torchrun: what several processes remember of rows; see test_rows.py for what must come of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from engines import GLOBAL_BATCH, trainer_for
+from worker import Weights, fsdp1_on_cpu, fsdp_on_cpu, raised, run_checks, whole
+
+LOSSES = {"plain": {}, "elr": {"reset_loss": "elr"}}
+# Sampling and resets as in one process; evaluations amid epochs of eight steps, and a save before one ends.
+SETTINGS = {
+    "max_steps": 28,
+    "reset_probability": 0.2,
+    "eval_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 6,
+    **GLOBAL_BATCH,
+}
+
+
+def remembered(mode, loss, folder: Path):
+    """What is remembered at the end of a run without dropout: the same under every engine."""
+    weights = Weights()
+    trainer = trainer_for(folder, mode, dropout=0.0, callbacks=[weights], **SETTINGS, **LOSSES[loss])
+    trainer.train()
+    return {
+        "state": {name: tensor.clone() for name, tensor in trainer.rows_state().items()},
+        "suspects": trainer.suspects(),
+        "end": whole(trainer.model),
+        "resets": trainer.reset_callback.reset_state.resets,
+    }
+
+
+def resumed(mode, loss, folder: Path):
+    """The same, with dropout, whole and taken up amid an epoch."""
+    found = {}
+    for name, checkpoint in (("whole", None), ("again", str(folder / "whole" / "checkpoint-12"))):
+        trainer = trainer_for(folder / name, mode, **SETTINGS, **LOSSES[loss])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found[name] = {name: tensor.clone() for name, tensor in trainer.rows_state().items()} | whole(trainer.model)
+    return found
+
+
+def refused(folder: Path):
+    """Regression has no classes: all processes say so, and none waits."""
+    from tiny import TRAIN, VALIDATION, arguments, bert
+    from worker import fresh_state
+
+    from hf_reset import ResetTrainer, ResetTrainingArguments
+
+    fresh_state()
+    trainer = ResetTrainer(
+        bert(num_labels=1),
+        arguments(folder, ResetTrainingArguments, reset_row_memory=True),
+        train_dataset=TRAIN,
+        eval_dataset=VALIDATION,
+    )
+    return raised(trainer.train)
+
+
+def checks():
+    each = {"refused": refused}
+    for mode in ("ddp", "fsdp", "fsdp1"):
+        for loss in LOSSES:
+            each[f"{mode}-{loss}"] = partial(remembered, mode, loss)
+            each[f"{mode}-{loss}-resumed"] = partial(resumed, mode, loss)
+    return each
+
+
+if __name__ == "__main__":
+    fsdp_on_cpu()
+    fsdp1_on_cpu()
+    torch.set_num_threads(1)
+    run_checks(checks())
