@@ -18,9 +18,8 @@ from hf_reset.files import written_whole
 from hf_reset.losses.by_name import logits_of
 from hf_reset.rows.identity import NumberedRows, refuse_unnumbered
 from hf_reset.rows.memory import MAX_BYTES, RowMemory
-from hf_reset.rows.response_suspects import suspect_responses
 from hf_reset.rows.responses import ResponseMemory
-from hf_reset.rows.suspects import suspects_of
+from hf_reset.rows.suspects import suspect_responses, suspects_of
 from hf_reset.training.rows import NumberedBatchesMixin
 
 logger = logging.getLogger(__name__)
