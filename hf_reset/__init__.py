@@ -1,8 +1,20 @@
 """Fine-tuning that survives wrong labels, by stochastic resetting (Bae, Song, Jeong 2025, arXiv 2406.00396).
 
-The public names are imported from here. They load on first use, so that the parts which need no torch
-(``hf_reset.policy``, ``hf_reset.noise``, ``hf_reset.corpora``, …) and ``--help`` stay quick. No module of
-the package imports this file from inside.
+The map, in reading order:
+
+* `policy`: when to reset, and what becomes of the anchor: pure decisions on plain values;
+* `anchor`: what is copied, and how back: scopes, shards, the store and its file;
+* `training`: the Trainer's side: the callback, its resume, arguments and `ResetTrainer`;
+* `rows`: what a run knows of each training example: row memory, suspects, refinement;
+* `losses`: from logits and labels to one value a row, and the one reducer;
+* `noise`, `metrics`, `corpora`: wrong labels made on purpose, measures under them, text that every machine has;
+* `diagnostics`: label memory, responses, gradients and diffusion of a run;
+* `theory`, `planner`: first-passage theory, and how often to reset from what a run has shown;
+* `study`, `report`, `cli`: what comparisons share, their tables and figures, and the command line;
+* `errors`, `files`: every error and warning, and the one atomic write.
+
+The public names are imported from here. They load on first use, so that the parts which need no torch (`policy`,
+`noise`, `corpora`, …) and `--help` stay quick. No module of the package imports this file from inside.
 """
 
 from __future__ import annotations
@@ -39,12 +51,9 @@ _HOME = {
 
 # Modules that are read as attributes: `import hf_reset; hf_reset.noise.corrupt_labels(...)`.
 _MODULES = (
-    "advice",
     "corpora",
     "diagnostics",
     "errors",
-    "excursions",
-    "langevin",
     "losses",
     "metrics",
     "noise",

@@ -121,8 +121,8 @@ def plan_report(
         DataError: there is no log of a Trainer, or no evaluation in it.
         ConfigError: a picture was asked for, and matplotlib is not installed.
     """
-    from hf_reset.excursions import evaluation_interval, excursions_of, metric_of, read_log
-    from hf_reset.planner import recommend
+    from hf_reset.planner.excursions import evaluation_interval, excursions_of, metric_of, read_log
+    from hf_reset.planner.plan import recommend
     from hf_reset.report.plan import plot_plan, recommendation_text
 
     history = read_log(output_dir)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from hf_reset.errors import ConfigError
-from hf_reset.planner import Plan, luby, plan_after_evaluation, plan_after_reset
+from hf_reset.planner.plan import Plan, luby, plan_after_evaluation, plan_after_reset
 
 Scope: TypeAlias = str | Sequence[str]
 

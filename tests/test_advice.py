@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from hf_reset import advice
-from hf_reset.advice import Seen, seen_since
+from hf_reset.planner import advice
+from hf_reset.planner.advice import Seen, seen_since
 
 
 def overfitting(ages, slope=0.01, noise=0.002, seed=0):

@@ -12,7 +12,7 @@ from tiny import CLASSES, TRAIN, VALIDATION, arguments, bert, callback, reset_ru
 from transformers import Trainer
 
 from hf_reset.diagnostics import LabelMemoryCallback
-from hf_reset.excursions import recorded_events, with_events
+from hf_reset.planner.excursions import recorded_events, with_events
 from hf_reset.policy import ResetState
 from hf_reset.training.advisor import ResetAdvisorCallback, _within_noise
 

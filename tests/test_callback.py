@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_reset import ResetConfig, StochasticResetCallback
 from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, ScopeError
-from hf_reset.excursions import recorded_events
+from hf_reset.planner.excursions import recorded_events
 from hf_reset.training.metric import MetricWatch
 
 

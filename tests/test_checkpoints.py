@@ -7,7 +7,7 @@ import torch
 from tiny import bert
 
 from hf_reset import AnchorStore, last_whole_checkpoint
-from hf_reset.excursions import EVENTS
+from hf_reset.planner.excursions import EVENTS
 from hf_reset.training.checkpoints import anchor_file, is_whole
 
 TRAIL = [{"kind": "anchor", "step": 1}]

@@ -10,7 +10,7 @@ import pytest
 from tiny import bert, plain_run
 
 from hf_reset.cli import main
-from hf_reset.excursions import EVENTS
+from hf_reset.planner.excursions import EVENTS
 
 
 def test_scopes_of_a_model_directory(tmp_path, capsys):

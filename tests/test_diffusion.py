@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 
-from hf_reset import langevin
 from hf_reset.diagnostics import ExcursionDiffusionCallback
 from hf_reset.diagnostics.diffusion import (
     drift_and_diffusion,
@@ -18,6 +17,7 @@ from hf_reset.diagnostics.diffusion import (
     plot_diffusion,
 )
 from hf_reset.errors import ConfigError, DataError
+from hf_reset.theory import langevin
 
 
 def linear_regression(seed, *, excursions=20, steps=20, dimensions=5):

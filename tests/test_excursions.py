@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from hf_reset import excursions
 from hf_reset.errors import DataError
-from hf_reset.excursions import Excursion, excursions_of
+from hf_reset.planner import excursions
+from hf_reset.planner.excursions import Excursion, excursions_of
 
 
 def evaluation(step, loss):

@@ -11,7 +11,6 @@ import pytest
 
 from hf_reset import planner
 from hf_reset.errors import ConfigError
-from hf_reset.excursions import Excursion
 from hf_reset.planner import (
     LOWER,
     PRIOR,
@@ -23,6 +22,7 @@ from hf_reset.planner import (
     plan_after_reset,
     recommend,
 )
+from hf_reset.planner.excursions import Excursion
 
 
 def excursions_from(law, n, interval=10, cut=30, seed=0):

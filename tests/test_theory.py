@@ -8,8 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
-from hf_reset import langevin, theory
+from hf_reset import theory
 from hf_reset.errors import ConfigError, DataError
+from hf_reset.theory import langevin
 
 # Ray, Mondal, Reuveni 2019, and worked out apart from this code: Pe, r* L²/D, T_0/T*.
 TABLE = [

@@ -3,7 +3,7 @@
 With N rows of which some carry a wrong label, the gradient of the training risk is the sum of a correct and a wrong
 part, (1/N) Σ_correct ∇ℓ(x, y) + (1/N) Σ_wrong ∇ℓ(x, ỹ). The paper (Bae, Song, Jeong 2025, arXiv 2406.00396, section 2)
 takes the two drifts as near orthogonal, and the wrong one as small at first and growing along the trajectory: here
-both are measured. `langevin.decompose` says what follows where they are not orthogonal.
+both are measured. `theory.langevin.decompose` says what follows where they are not orthogonal.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_reset.arrays import IGNORE_INDEX, class_numbers, to_numpy
 from hf_reset.errors import DataError
+from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
 
 METRIC_NAMES = ("calibrated_loss", "label_noise", "temperature", "estimated_accuracy")
 """What `with_calibrated_loss` adds; `Trainer` puts `eval_` in front."""

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_reset.arrays import IGNORE_INDEX, class_numbers, to_numpy
 from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
+from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
 from hf_reset.metrics.calibrated import METRIC_NAMES, CalibratedLoss, calibrated_loss, check_logits
 
 MINIMUM_ROWS = 100

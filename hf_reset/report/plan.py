@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_reset.excursions import Excursion
-from hf_reset.planner import BINS, LOWER, UPPER, Counts, Recommendation, counts_of, hazard, improvements_per_interval
+from hf_reset.planner.excursions import Excursion
+from hf_reset.planner.plan import (
+    BINS,
+    LOWER,
+    UPPER,
+    Counts,
+    Recommendation,
+    counts_of,
+    hazard,
+    improvements_per_interval,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

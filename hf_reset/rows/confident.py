@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_reset.arrays import IGNORE_INDEX, class_numbers, to_numpy
 from hf_reset.errors import DataError
+from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hf_reset.arrays import IGNORE_INDEX, to_numpy
 from hf_reset.errors import DataError
+from hf_reset.metrics.arrays import IGNORE_INDEX, to_numpy
 from hf_reset.rows.confident import check_predictions, estimate_noise
 
 if TYPE_CHECKING:

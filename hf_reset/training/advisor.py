@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_reset import advice
-from hf_reset.excursions import evaluation_interval, recorded_events, with_events
+from hf_reset.planner import advice
+from hf_reset.planner.excursions import evaluation_interval, recorded_events, with_events
 from hf_reset.policy import ResetConfig, ResetState, probability_now
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.metric import MetricWatch
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResetAdvisorCallback(TrainerCallback):
-    """After each evaluation, look for the failure signatures of `hf_reset.advice`; name each once.
+    """After each evaluation, look for the failure signatures of `hf_reset.planner.advice`; name each once.
 
     A message goes to the log (as a warning, on one process), to W&B as an alert where it reports there, and into
     `trainer_state.json`, beside the resets, as a record with `kind` "advice", `name`, `message` and `step`. It changes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from hf_reset.errors import AnchorFileError
-from hf_reset.excursions import recorded_events
+from hf_reset.planner.excursions import recorded_events
 
 if TYPE_CHECKING:
     from hf_reset.anchor.shards import Layout

@@ -14,7 +14,7 @@ from hf_reset.anchor.file import read_metadata, write_copy
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError
-from hf_reset.excursions import EVENTS, recorded_events
+from hf_reset.planner.excursions import EVENTS, recorded_events
 from hf_reset.policy import ResetConfig, ResetState
 from hf_reset.training.checkpoints import ANCHOR, AVERAGE, anchor_file, refuse_other_world_size
 from hf_reset.training.ema import Average

@@ -1,7 +1,7 @@
 """Excursions: what a run's log says about the way from the anchor to the next better validation.
 
 An excursion starts at the anchor (taken, or gone back to) and ends with the next better validation, or is censored by
-a reset or by the end. `planner` says what follows from them.
+a reset or by the end. `plan` says what follows from them.
 """
 
 from __future__ import annotations

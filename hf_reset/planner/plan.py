@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_reset.errors import ConfigError
-from hf_reset.excursions import Excursion
+from hf_reset.planner.excursions import Excursion
 
 Array: TypeAlias = NDArray[np.floating[Any]]
 

@@ -2,7 +2,7 @@
 
 SGD with learning rate η and batch size B moves the parameters by −η (∇L + ξ), ξ of variance s²/B a coordinate. Seen
 over many steps this is overdamped Langevin dynamics dθ = v dt + √(2D) dW, time in steps, with v = −η ∇L and
-D = η² s²/(2B) (Bae, Song, Jeong 2025, arXiv 2406.00396, section 2). `theory` says what follows from v and D.
+D = η² s²/(2B) (Bae, Song, Jeong 2025, arXiv 2406.00396, section 2). `first_passage` says what follows from v and D.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.theory import Array
+from hf_reset.theory.first_passage import Array
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ def simulate(
         walkers: how many, at once.
         seed: of a generator of its own.
         bridge: also see the arrivals between two steps, as a Brownian bridge has them: exactly the law of
-            `theory.mean_time_stepwise` (a constant drift). Without, only the ends of steps count, and walkers go
-            `theory.OVERSHOOT`·√(2D dt) further on average.
+            `first_passage.mean_time_stepwise` (a constant drift). Without, only the ends of steps count, and walkers go
+            `first_passage.OVERSHOOT`·√(2D dt) further on average.
 
     Raises:
         ConfigError: an argument has a value it cannot have.
