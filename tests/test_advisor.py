@@ -211,3 +211,8 @@ def test_without_resets_there_is_no_advice(tmp_path):
     assert not recorded_events(trainer.state.stateful_callbacks)
     with pytest.raises(AttributeError):
         _ = trainer.state._stochastic_reset_callback
+
+
+def test_a_run_that_was_to_have_no_resets_is_not_told_that_they_are_too_rare(tmp_path):
+    said, _ = advised(tmp_path, callback(probability=0.0, patience=1), eval_steps=1, max_steps=50)
+    assert said == {}

@@ -38,7 +38,7 @@ class ResetAdvisorCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look, and say what is new."""
         resets: StochasticResetCallback | None = getattr(state, "_stochastic_reset_callback", None)
-        if resets is None or resets.reset_state.anchor_step is None:
+        if resets is None or resets.reset_state.anchor_step is None or not resets.config.can_reset:
             return
         saved = recorded_events(state.stateful_callbacks)
         said = {record["name"] for record in saved if record["kind"] == "advice"}

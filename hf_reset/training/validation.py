@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_reset.errors import MetricError
 from hf_reset.metrics.calibrated import METRIC_NAMES
 from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.policy import ResetConfig
 from hf_reset.training.evidence import RowSource
+from hf_reset.training.memory import is_classifier
 
 CALIBRATED = METRIC_NAMES[0]
 _LABELS = ("labels", "label", "label_ids")
@@ -56,16 +56,7 @@ def _has_class_rows(trainer: Trainer) -> bool:
         return False
     if isinstance(trainer.eval_dataset, dict) or trainer.preprocess_logits_for_metrics is not None:
         return False
-    return is_single_label_classifier(trainer.model) and _label_is_class(trainer.eval_dataset)
-
-
-def is_single_label_classifier(model: Any) -> bool:
-    """Whether a model classifies whole texts into one of several classes; looks through PEFT and other wrappers."""
-    known = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-    classifies = any(base.__name__ in known for module in model.modules() for base in type(module).__mro__)
-    config = getattr(model, "config", None)
-    kind = getattr(config, "problem_type", None)
-    return classifies and getattr(config, "num_labels", 0) >= 2 and kind in (None, "single_label_classification")
+    return is_classifier(trainer.model) and _label_is_class(trainer.eval_dataset)
 
 
 def _label_is_class(dataset: Any) -> bool:
