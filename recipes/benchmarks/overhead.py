@@ -7,7 +7,8 @@
 Each round trains every arm once, in an order that changes from round to round, and a ratio compares the median
 step of an arm with the stock median of the same round. Where steps of one arm vary by more than that from round to
 round, the time inside the callback's own hooks says it better: resets, snapshots and decisions, a step on average,
-in units of a stock step. Beside it, the time of one snapshot and of one reset, and the bytes that the anchor holds.
+in units of a stock step. Beside it, the time of one snapshot and of one reset, and the bytes that the anchor holds;
+and what a row memory, which the trainer arm has, adds to a step.
 
     python recipes/benchmarks/overhead.py                                # 6-layer BERT on CPU, about 5 minutes
     python recipes/benchmarks/overhead.py --hidden_size 768 --layers 12  # BERT-base, for a GPU
@@ -73,12 +74,17 @@ def main() -> None:
         },
         "hooks_in_stock_steps": {arm: statistics.median(hooks[arm]) / stock for arm in ARMS[1:]},
         "anchor": costs,
+        "row_memory": (remembering := memory_costs(options, stock)),
     }
     file = options.results / f"benchmark_overhead_{device.type}.json"
     write_atomic(file, json.dumps(result, indent=2) + "\n")
     for arm, values in ratios.items():
         share = f"hooks {result['hooks_in_stock_steps'][arm]:.5f}"
         print(f"{arm:<14} {statistics.median(values):.3f} of stock ({min(values):.3f} to {max(values):.3f}), {share}")
+    print(
+        f"row memory {remembering['memory_bytes']:>10,} bytes; of a stock step: numbering "
+        f"{remembering['numbering_steps']:.4f}, visit and share {remembering['visit_and_share_steps']:.4f}"
+    )
     for scope, cost in costs.items():
         print(
             f"{scope:<8} anchor {cost['anchor_bytes']:>12,} bytes; in stock steps: snapshot "
@@ -223,6 +229,51 @@ def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[
         "snapshot_steps": steps(anchor.snapshot),
         "restore_steps": steps(anchor.restore),
         "distance_steps": steps(anchor.distance),
+    }
+
+
+def memory_costs(options: argparse.Namespace, stock: float, classes: int = 8) -> dict[str, float]:
+    """What a row memory adds to each step, in units of a stock step: numbers in the loader, a visit, its share."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator
+
+    from hf_reset.rows import RowMemory
+    from hf_reset.rows.identity import NumberedRows, NumberingCollator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count, size = options.batch_size * options.steps, options.batch_size
+    rows = [{"input_ids": torch.zeros(options.length, dtype=torch.long), "labels": 0} for _ in range(count)]
+    plain = DataLoader(rows, size, collate_fn=default_data_collator)  # pyright: ignore[reportArgumentType]
+    numbered = DataLoader(NumberedRows(rows), size, collate_fn=NumberingCollator(default_data_collator))
+    logits = torch.randn(size, classes, device=device)
+    labels = torch.zeros(size, dtype=torch.long, device=device)
+    batches = [torch.arange(first, first + size, device=device) for first in range(0, count, size)]
+    memory = RowMemory(count, classes)
+
+    def steps(verb: Callable[[], Any]) -> float:
+        """Of one epoch, a step."""
+        seconds = []
+        for _ in range(7):
+            start = time.process_time()
+            verb()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.process_time() - start)
+        return statistics.median(seconds) / options.steps / stock
+
+    def visits() -> None:
+        for batch in batches:
+            memory.update(batch, logits, labels)
+
+    def visits_and_share() -> None:
+        visits()
+        memory.share()
+
+    return {
+        "memory_bytes": memory.nbytes,
+        "numbering_steps": steps(lambda: list(numbered)) - steps(lambda: list(plain)),
+        "visit_and_share_steps": steps(visits_and_share),
     }
 
 
