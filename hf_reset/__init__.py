@@ -2,7 +2,7 @@
 
 The map, in reading order:
 
-* `policy`: when to reset, and what becomes of the anchor: pure decisions on plain values;
+* `config`, `policy`: what a user wants, and when to reset and what becomes of the anchor: pure, on plain values;
 * `anchor`: what is copied, and how back: scopes, shards, the store and its file;
 * `training`: the Trainer's side: the callback, its resume, arguments and `ResetTrainer`;
 * `rows`: what a run knows of each training example: row memory, suspects, refinement;
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_reset.anchor.scopes import select_parameters
     from hf_reset.anchor.store import AnchorStore
-    from hf_reset.policy import ResetConfig
+    from hf_reset.config import ResetConfig
     from hf_reset.rows.refinement import RefinementConfig
     from hf_reset.training.advisor import ResetAdvisorCallback
     from hf_reset.training.arguments import ResetArguments, ResetTrainingArguments
@@ -40,7 +40,7 @@ _HOME = {
     "RefinementConfig": "hf_reset.rows.refinement",
     "ResetAdvisorCallback": "hf_reset.training.advisor",
     "ResetArguments": "hf_reset.training.arguments",
-    "ResetConfig": "hf_reset.policy",
+    "ResetConfig": "hf_reset.config",
     "ResetTrainer": "hf_reset.training.trainer",
     "ResetTrainerMixin": "hf_reset.training.trainer",
     "ResetTrainingArguments": "hf_reset.training.arguments",

@@ -17,7 +17,7 @@ from hf_reset.anchor.scopes import (
     unwrapped,
 )
 from hf_reset.anchor.shards import Layout, copy_all, give_up_gathered, refuse_part_of_flat, shards_of
-from hf_reset.policy import Scope
+from hf_reset.config import Scope
 
 _OPTIMIZER = "optimizer"
 _PASSING = (_OPTIMIZER, "gathered")  # kinds that may not be there at a given moment

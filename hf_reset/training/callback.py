@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import numbers
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_reset.anchor.ranks import together
 from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
-from hf_reset.errors import ConfigError, MetricError, NoEffectWarning, UnsupportedError
-from hf_reset.policy import ResetConfig, ResetState, decide, finishes_with_anchor, observe, probability_now
+from hf_reset.config import ResetConfig, configured
+from hf_reset.errors import ConfigError, NoEffectWarning, UnsupportedError
+from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, probability_now
 from hf_reset.training.ema import Average
-from hf_reset.training.evidence import Margins, RowEvidence, RowSource
+from hf_reset.training.evidence import Margins, RowSource
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.resume import (
     Progress,
@@ -30,6 +29,7 @@ from hf_reset.training.resume import (
     take_up,
     take_up_average,
 )
+from hf_reset.training.run import Run, refuse_no_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class StochasticResetCallback(TrainerCallback):
         rows: RowSource | None = None,
         **fields: Any,
     ) -> None:
-        self.config = _configured(config, fields)
+        self.config = configured(config, fields)
         self.rows = rows
         self.resume_from_checkpoint = resume_from_checkpoint
         self.events: list[dict[str, Any]] = []
@@ -90,7 +90,7 @@ class StochasticResetCallback(TrainerCallback):
         self.average: Average | None = None  # in training, under `ema_decay`
         self.can_average = False  # whether the Trainer swaps it in where it evaluates and saves: ResetTrainer does
         self.reset_state = ResetState()
-        self._run: _Run | None = None  # the last one, also when it has ended
+        self._run: Run | None = None  # the last one, also when it has ended
 
     # What the Trainer calls.
 
@@ -100,11 +100,11 @@ class StochasticResetCallback(TrainerCallback):
         """Check the set-up, make room for the anchor, and take up where a checkpoint left off."""
         self._refuse_second_callback(state)
         seed = args.seed if self.config.seed is None else self.config.seed
-        run = _Run(MetricWatch.of(self.config, args), seed)
+        run = Run(MetricWatch.of(self.config, args), seed)
         self.events, self.reset_state, self.store, self.average = [], ResetState(), None, None
         with together():
             if self.config.needs_anchor:
-                _refuse_no_evaluation(run.watch, args)
+                refuse_no_evaluation(run.watch, args)
                 self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
             if self.config.ema_decay is not None:
                 self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
@@ -291,7 +291,7 @@ class StochasticResetCallback(TrainerCallback):
             keep_rest=self.config.finish == "anchor",
         )
 
-    def _progress(self, run: _Run, args: TrainingArguments) -> Progress:
+    def _progress(self, run: Run, args: TrainingArguments) -> Progress:
         return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
 
     def _move_anchor(self, state: TrainerState, margin: float | None) -> None:
@@ -332,73 +332,3 @@ class StochasticResetCallback(TrainerCallback):
                 "`callbacks=[StochasticResetCallback(...)]`, or the `reset_*` fields of ResetTrainingArguments."
             )
         state._stochastic_reset_callback = self  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@dataclass
-class _Run:
-    """One call of `train()`, from its beginning to its end.
-
-    Attributes:
-        watch: the metric that chooses anchors.
-        seed: of the draws.
-        observed_step: steps done at the last evaluation taken in.
-        saved_step: steps done at the last save of the anchor.
-        seen: whether an evaluation since the last step had the metric.
-        unseen: results of the evaluations since then that lacked it.
-        ended: whether training is over, and further evaluations are none of its own.
-        evidence: validation rows at the anchor and since, where evaluations leave some.
-    """
-
-    watch: MetricWatch
-    seed: int
-    observed_step: int = -1
-    saved_step: int = -1
-    seen: bool = False
-    unseen: set[str] = field(default_factory=set)
-    ended: bool = False
-    evidence: RowEvidence = field(default_factory=RowEvidence)
-
-    def begin_step(self) -> None:
-        """Evaluations are complete; the next belong to another step."""
-        self.unseen, self.seen = set(), False
-
-    def note_absence(self, metrics: dict[str, Any]) -> None:
-        """One data set's results lack the metric: an error, unless another of a dict of them may have it."""
-        self.unseen |= {name for name, value in metrics.items() if isinstance(value, numbers.Real) and name != "epoch"}
-        if "eval_runtime" in metrics:  # the results of the one and only evaluation set
-            self.refuse_unseen_metric()
-
-    def refuse_unseen_metric(self) -> None:
-        """An error once the evaluations since the last step are complete, and none had the metric."""
-        if self.seen or not self.unseen:
-            return
-        raise MetricError(
-            f"`metric` {self.watch.key!r} is not among the evaluation's results, which are "
-            f"{', '.join(sorted(self.unseen))}. Set `metric` to one of them, or have `compute_metrics` return it."
-        )
-
-
-def _refuse_no_evaluation(watch: MetricWatch, args: TrainingArguments) -> None:
-    if args.eval_strategy == "no":
-        raise MetricError(
-            f'`eval_strategy` is "no", so no evaluation can choose an anchor by {watch.key!r}. Set '
-            '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
-        )
-
-
-def _configured(config: ResetConfig | None, given: dict[str, Any]) -> ResetConfig:
-    names = [f.name for f in fields(ResetConfig)]
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"Did you mean `{close[0]}`?" if close else f"The fields are {', '.join(names)}."
-        raise ConfigError(f"`{unknown[0]}` is not a field of ResetConfig. {hint}")
-    if config is None:
-        return ResetConfig(**given)
-    if not isinstance(config, ResetConfig):
-        raise ConfigError(f"`config` must be a ResetConfig, got {config!r}. Its fields can also be given as keywords.")
-    if given:
-        raise ConfigError(
-            f"`config` and the field `{next(iter(given))}` were both given. Put the field into the ResetConfig."
-        )
-    return config
