@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_reset.config import ResetConfig, period_of
+from hf_reset.config import ResetConfig, Scope, period_of
 from hf_reset.planner.plan import Plan, luby, plan_after_evaluation, plan_after_reset
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TURNED",
     "ResetConfig",
     "ResetState",
+    "Scope",
     "decide",
     "finishes_with_anchor",
     "is_better",

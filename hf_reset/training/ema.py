@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hf_reset.anchor.copies import Copy, Key, LiveViews
 from hf_reset.anchor.file import Header, Shapes, read_copy, write_copy
 from hf_reset.anchor.shards import Layout
+from hf_reset.config import Scope
 from hf_reset.errors import AnchorError, AnchorFileError
-from hf_reset.policy import Scope
 
 
 class Average:
