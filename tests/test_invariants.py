@@ -1,5 +1,6 @@
 """What must hold whatever else changes: the callback against a plain loop, and against the stock Trainer."""
 
+import pytest
 import torch
 from tiny import TRAIN, VALIDATION, bert, callback, equal, plain_run, reset_run, steps_of, weights
 from transformers.optimization import get_linear_schedule_with_warmup
@@ -7,6 +8,7 @@ from transformers.optimization import get_linear_schedule_with_warmup
 from hf_reset import ResetConfig
 from hf_reset.policy import uniform
 
+SAVING = {"save_strategy": "steps", "save_steps": 3}
 STEPS, EVERY, SEED, R, LR = 15, 3, 7, 0.4, 5e-3
 
 
@@ -117,6 +119,21 @@ def test_a_reset_lands_exactly_on_the_best_evaluated_weights(tmp_path):
             assert equal(recorder.after_step[event["step"] + 1], recorder.evaluated[best][1])
     best = min(recorder.evaluated, key=lambda step: recorder.evaluated[step][0])
     assert equal(weights(trainer.model), recorder.evaluated[best][1])  # finish="anchor"
+
+
+@pytest.mark.parametrize("scope", ["head", "last:1"])
+def test_a_finish_under_a_partial_scope_is_weights_that_were_evaluated(scope, tmp_path):
+    """And not the anchor's part beside the last step's rest, which nobody evaluated."""
+    reset = callback(probability=0.4, scope=scope)
+    trainer, recorder = plain_run(tmp_path, callback=reset, learning_rate=2e-2, **SAVING)
+    best = reset.reset_state.anchor_step
+    assert best < 15
+    assert equal(weights(trainer.model), recorder.evaluated[best][1])
+    assert trainer.evaluate()["eval_loss"] == recorder.evaluated[best][0]
+    again = callback(probability=0.4, scope=scope)
+    resumed, _ = plain_run(tmp_path, callback=again, train=False, learning_rate=2e-2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert equal(weights(resumed.model), weights(trainer.model))
 
 
 def test_a_negative_control_different_seeds_differ(tmp_path):
