@@ -194,6 +194,23 @@ CANNOT = {
 }
 
 
+def test_a_head_of_another_width_than_the_models_config_says(tmp_path):
+    model = tiny.bert()
+    model.config.num_labels = 5  # model.num_labels, by which its own loss goes, stays 3
+    settings = {"model": model, "max_steps": 2, "eval_strategy": "no", **PLAIN}
+    with pytest.raises(DataError, match=r"the model gave logits \(8, 3\) where \(rows, classes\) \(8, 5\) are needed"):
+        run(tmp_path, **settings).suspects()
+
+
+def test_sequence_parallelism_has_no_rows(tmp_path):
+    trainer = run(tmp_path, max_steps=1, eval_strategy="no", **PLAIN)
+    trainer.accelerator.state.parallelism_config = type("Config", (), {"sp_enabled": True, "cp_enabled": False})()
+    try:
+        assert "sequences are dealt out" in trainer.why_unnumbered()
+    finally:
+        trainer.accelerator.state.parallelism_config = None
+
+
 @pytest.mark.parametrize(("made", "words"), CANNOT.values(), ids=CANNOT.keys())
 def test_what_has_no_rows_or_classes_trains_as_before_and_is_refused_where_asked_for(tmp_path, made, words):
     settings = {"max_steps": 2, "eval_strategy": "no", "eval_on_start": False, **PLAIN}

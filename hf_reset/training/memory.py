@@ -151,7 +151,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
         assert isinstance(memory, RowMemory)
         assert rows is not None
         logits = logits_of(outputs)
-        if (reason := _unfit(logits, labels, rows)) is not None:
+        if (reason := _unfit(logits, labels, rows, memory.num_classes)) is not None:
             self.row_memory, self.why_no_row_memory = None, reason
             if (needed_by := self.rows_needed_by(self.args)) is not None:
                 raise UnsupportedError(f"{needed_by} cannot be had: {reason}.")
@@ -256,13 +256,13 @@ def _flat(names: Any) -> list[str]:
     return [one for name in names for one in (name if isinstance(name, (tuple, list)) else (name,))]
 
 
-def _unfit(logits: Any, labels: Any, rows: Tensor) -> str | None:
+def _unfit(logits: Any, labels: Any, rows: Tensor, classes: int) -> str | None:
     """Why a batch cannot be remembered by class, in words; None where it can."""
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         return f"labels must be one class number a row (regression and multi-label have none), and these are {shape}"
-    if logits.ndim != 2 or len(logits) != len(rows):
-        return f"the model gave logits {tuple(logits.shape)} for {len(rows)} rows, and (rows, classes) are needed"
+    if logits.shape != (len(rows), classes) or len(labels) != len(rows):
+        return f"the model gave logits {tuple(logits.shape)} where (rows, classes) {(len(rows), classes)} are needed"
     return None
 
 

@@ -39,6 +39,9 @@ class NumberedBatchesMixin(_Base):
 
     def why_unnumbered(self) -> str | None:
         """Why the rows of the training set cannot be numbered, in words; None where they can."""
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if getattr(parallel, "sp_enabled", False) or getattr(parallel, "cp_enabled", False):
+            return "sequences are dealt out to several processes, so that none has a row's whole output"
         return why_unnumbered(self.train_dataset, self.data_collator, self.args)
 
     @property
@@ -66,7 +69,7 @@ class NumberedBatchesMixin(_Base):
         dataloader_key: str | None = None,
     ) -> DataLoader:
         """As Trainer's, of numbered rows where they are wanted. The sampler is made for the data set itself."""
-        wanted = self.wants_rows(self.args) if is_training else self.numbers_eval_rows
+        wanted = self.wants_rows(self.args) and self.why_unnumbered() is None if is_training else self.numbers_eval_rows
         if not wanted or why_unnumbered(dataset, self.data_collator, self.args) is not None:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         own = self.data_collator

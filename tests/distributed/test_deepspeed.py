@@ -131,3 +131,17 @@ def test_another_number_of_processes_is_refused_with_the_remedy(ranks, config):
         assert "reset_anchor-rank0-of-3.safetensors" in text
         assert "written by 3 processes, and this run has 2" in text
         assert "resume with 3 processes" in text
+
+
+@pytest.mark.parametrize("config", ["z2-fp32", "z3-fp32"])
+def test_rows_are_remembered_on_all_ranks_alike_and_resume_exactly(ranks, config):
+    one, other = ({run: _known(state) for run, state in rank.items()} for rank in found(ranks, f"rows-{config}"))
+    assert (one["whole"]["memory.total.visits"] >= 1).all()
+    assert int(one["whole"]["memory.total.visits"].sum()) == 11 * 8
+    for state in (one["again"], other["whole"], other["again"]):
+        assert state.keys() == one["whole"].keys() >= {"loss.targets", "memory.classes"}
+        assert all(torch.equal(state[name], tensor) for name, tensor in one["whole"].items())
+
+
+def _known(state):
+    return {name: tensor.nan_to_num(-1) for name, tensor in state.items()}

@@ -218,6 +218,17 @@ def refusals(folder: Path):
     return said
 
 
+def rows(name: str, folder: Path):
+    """What is remembered of rows with ELR, whole and taken up amid an epoch of eight steps."""
+    settings = {"reset_probability": 0.0, "reset_loss": "elr", "save_strategy": "steps", "save_steps": 6}
+    found = {}
+    for run, checkpoint in (("whole", None), ("again", str(folder / "whole" / "checkpoint-6"))):
+        trainer, _ = trainer_for(folder / run, name, **settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found[run] = {name: tensor.clone() for name, tensor in trainer.rows_state().items()}
+    return found
+
+
 def other_world(name: str, folder: Path):
     """A checkpoint of two processes, taken up by another number of them."""
     trainer, _ = trainer_for(folder, name, max_steps=3, save_strategy="steps", save_steps=3)
@@ -241,6 +252,7 @@ def checks():
         each[f"resume-{name}"] = partial(resume, name)
         each[f"collectives-{name}"] = partial(collectives, name)
     each |= {f"other-world-{name}": partial(other_world, name) for name in ("z2-fp32", "z3-fp32")}
+    each |= {f"rows-{name}": partial(rows, name) for name in ("z2-fp32", "z3-fp32")}
     return each | {"refusals": refusals}
 
 
