@@ -7,10 +7,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_reset.corpora.tokenizers import train_tokenizer
 from hf_reset.files import written_whole
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase, Trainer
 
 BLOCK = 128  # tokens a row
 
@@ -49,8 +52,7 @@ def small_llama(
         The folder.
     """
     import torch
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import set_seed
 
     from hf_reset.anchor.shards import whole_state
 
@@ -58,48 +60,14 @@ def small_llama(
     if folder.is_dir():
         return folder
     tokenizer = train_tokenizer(texts, vocab_size, "bpe", model_max_length=positions)
-    end, pad = (tokenizer.get_vocab()[str(token)] for token in (tokenizer.eos_token, tokenizer.pad_token))
-    ids: list[int] = []
-    for text in texts:
-        ids += [*tokenizer(text, verbose=False)["input_ids"], end]
-    rows = max(1, len(ids) // BLOCK)
-    blocks = [ids[BLOCK * row : BLOCK * (row + 1)] for row in range(rows)]
+    blocks = _blocks(tokenizer, texts)
     set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=max(1, hidden_size // 32),
-        max_position_embeddings=max(BLOCK, positions),
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )
-    with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, and writes nothing there
-        args = TrainingArguments(
-            output_dir=scratch,
-            max_steps=steps,
-            per_device_train_batch_size=16,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            weight_decay=0.01,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=use_cpu,
-            seed=seed,
-        )
-        data = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-        trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)
-        trainer.train()
+    config = _config(tokenizer, hidden_size, num_hidden_layers, positions)
+    trainer = _trained(config, blocks, steps=steps, learning_rate=learning_rate, use_cpu=use_cpu, seed=seed)
     # Gathered on every rank: under FSDP and ZeRO-3 no rank has the whole.
     state = whole_state(trainer.accelerator, trainer.model_wrapped)
     model: Any = trainer.model
-    if args.should_save:
+    if trainer.args.should_save:
         _save_whole(folder, partial(model.save_pretrained, state_dict=state), tokenizer.save_pretrained)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -130,7 +98,68 @@ def kept_llama(
     return small_llama(folder, texts, use_cpu=use_cpu, **settings)
 
 
-def _save_whole(folder: Path, *saves: Callable[[Path], Any]) -> None:
+def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The texts' tokens one after another, each text with its end, in rows of `BLOCK`."""
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text, verbose=False)["input_ids"], _number(tokenizer, tokenizer.eos_token)]
+    rows = max(1, len(ids) // BLOCK)
+    return [ids[BLOCK * row : BLOCK * (row + 1)] for row in range(rows)]
+
+
+def _config(
+    tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_hidden_layers: int, positions: int
+) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=max(1, hidden_size // 32),
+        max_position_embeddings=max(BLOCK, positions),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=_number(tokenizer, tokenizer.eos_token),
+        pad_token_id=_number(tokenizer, tokenizer.pad_token),
+    )
+
+
+def _trained(
+    config: LlamaConfig, blocks: list[list[int]], *, steps: int, learning_rate: float, use_cpu: bool, seed: int
+) -> Trainer:
+    """The Trainer after training on the blocks."""
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as scratch:  # Trainer wants a folder, and writes nothing there
+        args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.01,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=use_cpu,
+            seed=seed,
+        )
+        data = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+        trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)
+        trainer.train()
+    return trainer
+
+
+def _number(tokenizer: PreTrainedTokenizerBase, token: object) -> int:
+    return tokenizer.get_vocab()[str(token)]
+
+
+def _save_whole(folder: Path, *saves: Callable[[Path], object]) -> None:
     """All parts into one folder, which is there whole or not at all."""
     with written_whole(folder) as temporary:
         for save in saves:

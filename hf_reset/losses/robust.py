@@ -60,7 +60,7 @@ def label_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (N,), in nats, at most 0; float32, or float64 for float64 logits. Differentiable once.
     """
-    return _LabelLogProbability.apply(logits, labels)  # type: ignore[no-any-return]
+    return _LabelLogProbability.apply(logits, labels)
 
 
 class _InChunks(torch.autograd.Function):

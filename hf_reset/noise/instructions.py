@@ -71,17 +71,7 @@ def corrupt_responses(
         >>> corrupt_responses(clean, rate=1.0, kind="swap", seed=0)["completion"][0]
         'It is 4.'
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ConfigError(f"`rate` is the share of rows to make wrong, in [0, 1]; got {rate}.")
-    if kind not in _KINDS:
-        raise ConfigError(f"`kind` must be one of {', '.join(_KINDS)}; got {kind!r}.")
-    if len(dataset) == 0:
-        raise DataError("the data set is empty: there is no response to make wrong.")
-    if taken := [name for name in _ADDED if name in dataset.column_names]:
-        raise DataError(
-            f"the data set already has the column {taken[0]!r}, which corrupt_responses adds. Corrupt the clean "
-            "data, or rename that column."
-        )
+    _check_arguments(dataset, rate, kind)
     column = response_column(dataset, column)
     clean = response_texts(dataset, column)
     if missing := [row for row, text in enumerate(clean) if not text.strip()]:
@@ -96,6 +86,20 @@ def corrupt_responses(
         .add_column("clean_response", clean)
         .add_column("is_corrupted", [row in wrong for row in range(len(clean))])
     )
+
+
+def _check_arguments(dataset: Dataset, rate: float, kind: str) -> None:
+    if not 0.0 <= rate <= 1.0:
+        raise ConfigError(f"`rate` is the share of rows to make wrong, in [0, 1]; got {rate}.")
+    if kind not in _KINDS:
+        raise ConfigError(f"`kind` must be one of {', '.join(_KINDS)}; got {kind!r}.")
+    if len(dataset) == 0:
+        raise DataError("the data set is empty: there is no response to make wrong.")
+    if taken := [name for name in _ADDED if name in dataset.column_names]:
+        raise DataError(
+            f"the data set already has the column {taken[0]!r}, which corrupt_responses adds. Corrupt the clean "
+            "data, or rename that column."
+        )
 
 
 def response_column(dataset: Dataset, column: str | None = None) -> str:

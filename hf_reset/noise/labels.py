@@ -1,4 +1,25 @@
-"""Wrong labels put into a data set on purpose, in exact numbers and reproducibly."""
+"""Wrong labels put into a data set on purpose, in exact numbers and reproducibly.
+
+The kinds of `corrupt_labels`, with τ the rate and C the number of classes:
+
+- `"symmetric"`: to one of the C − 1 *other* classes, each alike.
+- `"pair"`: to the next class in order, the last one to the first.
+- `"matrix"`: by T[i, j] = P(noisy = j | clean = i). Of the n_i rows of clean class i, n_i T[i, j] become j,
+  rounded by largest remainder.
+- `"instance"`: depends on the text. Row i is chosen with probability q_i, drawn from a normal distribution
+  with mean τ and standard deviation 0.1 truncated to [0, 1]; its wrong class is drawn from
+  softmax(x_i W_y) over the classes other than its own, y, with W_y ~ N(0, 1) of shape (S, C) (Xia et al.,
+  Part-dependent label noise, NeurIPS 2020, arXiv 2006.07836, Algorithm 2). As x_i serve the first 32 latent
+  semantic dimensions of the texts (TF-IDF and truncated SVD): they place texts by topic, so texts of like
+  content are mislabelled alike, as annotators do; they need no model, so the noise favours none.
+  `features` takes their place where given. Either is centred and scaled to unit variance over all entries.
+
+What a row gets depends on the seed, on its own content (all columns) and on the multiset of rows, never on
+its position: shuffling, and undoing it, changes nothing, and no batching or worker count enters. Rows equal
+in every column are told apart by their order of appearance. For "symmetric" and "pair", moreover, a lower
+rate mislabels a subset of the rows that a higher rate does, to the same classes. Add columns (tokens, say)
+after corrupting, for they are content too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,30 +59,11 @@ def corrupt_labels(
 ) -> Dataset:
     """Give some rows a wrong label, and say which.
 
-    Kinds, with τ the rate and C the number of classes:
-
-    - ``"symmetric"``: to one of the C − 1 *other* classes, each alike.
-    - ``"pair"``: to the next class in order, the last one to the first.
-    - ``"matrix"``: by T[i, j] = P(noisy = j | clean = i). Of the n_i rows of clean class i, n_i T[i, j] become j,
-      rounded by largest remainder.
-    - ``"instance"``: depends on the text. Row i is chosen with probability q_i, drawn from a normal distribution
-      with mean τ and standard deviation 0.1 truncated to [0, 1]; its wrong class is drawn from
-      softmax(x_i W_y) over the classes other than its own, y, with W_y ~ N(0, 1) of shape (S, C) (Xia et al.,
-      Part-dependent label noise, NeurIPS 2020, arXiv 2006.07836, Algorithm 2). As x_i serve the first 32 latent
-      semantic dimensions of the texts (TF-IDF and truncated SVD): they place texts by topic, so texts of like
-      content are mislabelled alike, as annotators do; they need no model, so the noise favours none.
-      ``features`` takes their place where given. Either is centred and scaled to unit variance over all entries.
-
-    For all kinds but "matrix" exactly ``round(rate * len(dataset))`` rows change.
-
-    What a row gets depends on the seed, on its own content (all columns) and on the multiset of rows, never on
-    its position: shuffling, and undoing it, changes nothing, and no batching or worker count enters. Rows equal
-    in every column are told apart by their order of appearance. For "symmetric" and "pair", moreover, a lower
-    rate mislabels a subset of the rows that a higher rate does, to the same classes. Add columns (tokens, say)
-    after corrupting, for they are content too.
+    For all kinds but "matrix" exactly `round(rate * len(dataset))` rows change. The kinds, and what decides about a
+    row, stand at the top of `hf_reset.noise.labels`.
 
     Args:
-        dataset: A ``datasets.Dataset`` with labels that are ``ClassLabel``, integers or strings.
+        dataset: A `datasets.Dataset` with labels that are `ClassLabel`, integers or strings.
         rate: τ in [0, 1]. With ``kind="matrix"`` the matrix fixes it; it may be left out, and must agree if given.
         kind: One of the four above.
         seed: Selects the noise; no global generator is used.
@@ -92,13 +94,10 @@ def corrupt_labels(
     _check_dataset(dataset, column)
     labels = _read_labels(dataset, column)
     rows = _draws(dataset, seed)
-    if kind == "matrix":
-        noisy = _by_matrix(labels, rows, transition_matrix(matrix, len(labels.values)), rate)  # type: ignore[arg-type]
+    if matrix is not None:
+        noisy = _by_matrix(labels, rows, transition_matrix(matrix, len(labels.values)), rate)
     else:
-        count = round(check_rate(rate) * len(dataset))  # type: ignore[arg-type]
-        if rate and not count:
-            message = f"`rate` {rate} of {len(dataset)} rows rounds to none: every label stays as it is."
-            warnings.warn(message, NoEffectWarning, stacklevel=2)
+        count = _wrong_count(rate, len(dataset))
         if kind == "instance":
             noisy = _by_instance(labels, rows, count, _represent(dataset, rows, seed, text_column, features), seed)
         else:
@@ -106,6 +105,15 @@ def corrupt_labels(
             noisy = labels.codes.copy()
             noisy[chosen] = _other_class(kind, labels, rows)[chosen]
     return _with_noise(dataset, column, labels, noisy)
+
+
+def _wrong_count(rate: float | None, rows: int) -> int:
+    assert rate is not None  # by `_check_arguments`
+    count = round(check_rate(rate) * rows)
+    if rate and not count:
+        message = f"`rate` {rate} of {rows} rows rounds to none: every label stays as it is."
+        warnings.warn(message, NoEffectWarning, stacklevel=3)
+    return count
 
 
 class _Labels(NamedTuple):
@@ -119,7 +127,7 @@ class _Rows(NamedTuple):
 
 
 def _check_arguments(kind: str, rate: Any, matrix: Any, features: Any, text_column: Any) -> None:
-    kinds = NoiseKind.__args__  # type: ignore[attr-defined]
+    kinds = get_args(NoiseKind)
     if kind not in kinds:
         raise ConfigError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
     if rate is not None:
@@ -188,7 +196,8 @@ def _draws(dataset: Dataset, seed: int) -> _Rows:
     seen: Counter[bytes] = Counter()
     identities = []
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        for row in batch.to_pylist():  # type: ignore[attr-defined]
+        table: Any = batch  # in the arrow format, a table
+        for row in table.to_pylist():
             content = hashlib.blake2b(repr(sorted(row.items())).encode("utf-8", "replace"), digest_size=16).digest()
             identities.append(content + seen[content].to_bytes(8, "big"))
             seen[content] += 1
@@ -346,5 +355,6 @@ def _with_noise(dataset: Dataset, column: str, labels: _Labels, noisy: NDArray[n
     feature, names = dataset.features[column], dataset.column_names
     given = [labels.values[code] for code in noisy]
     wrong = (noisy != labels.codes).tolist()
-    result = dataset.rename_column(column, "clean_label").add_column(column, given, feature=feature)  # type: ignore[arg-type]
-    return result.add_column("is_mislabelled", wrong).select_columns([*names, *_ADDED])  # type: ignore[arg-type]
+    result: Any = dataset.rename_column(column, "clean_label")  # `add_column` takes lists, whatever its annotation says
+    result = result.add_column(column, given, feature=feature).add_column("is_mislabelled", wrong)
+    return result.select_columns([*names, *_ADDED])

@@ -71,14 +71,9 @@ def find_suspects(
     best = np.where(is_unknown, IGNORE_INDEX, np.nan_to_num(predicted).argmax(axis=1))
     at_given = predicted[np.arange(len(given)), np.maximum(given, 0)]
     at_given[given == IGNORE_INDEX] = np.nan
-    if noise_rate is None:
-        allowed = np.nan_to_num(estimate.class_rates) * estimate.counts
-        return rank_by_margin(
-            judged_by, given, best, allowed=allowed, budget=budget, given_probability=at_given, **columns
-        )
-    return rank_by_margin(
-        judged_by, given, best, noise_rate=noise_rate, budget=budget, given_probability=at_given, **columns
-    )
+    allowed = np.nan_to_num(estimate.class_rates) * estimate.counts if noise_rate is None else None
+    columns = {"given_probability": at_given, **columns}
+    return rank_by_margin(judged_by, given, best, noise_rate=noise_rate, allowed=allowed, budget=budget, **columns)
 
 
 def rank_by_margin(

@@ -148,8 +148,7 @@ def prepare_classification(
     """Check, split and corrupt.
 
     Rows without a label are dropped and counted. A validation or test split that is not given is taken from the
-    training rows; noise is added to training and validation rows together, so that validation is noisy like
-    training, unless its labels are trusted ones.
+    training rows; noise is added to training and validation rows together, unless validation's labels are trusted.
 
     Args:
         splits: `train`, and optionally `validation` and `test`, as they were loaded.
@@ -169,8 +168,8 @@ def prepare_classification(
 
     Raises:
         ConfigError: noise is asked for on top of real noise.
-        DataError: a split is empty, a column missing, a label neither integer nor string, a text empty or null,
-            there is but one class, or validation has fewer rows than there are classes.
+        DataError: a split is empty, a column missing, a label neither integer nor string, a text empty or null, there
+            is but one class, or validation has fewer rows than there are classes.
     """
     added = noise_rate > 0 or noise_kind == "matrix"
     if added and columns.clean_label is not None:
@@ -178,30 +177,44 @@ def prepare_classification(
             f"`noise_rate` {noise_rate} (`noise_kind` {noise_kind!r}) would add noise to the real noise of "
             f"`clean_label_column` {columns.clean_label!r}. Give one of the two."
         )
-    notes: list[str] = []
-    train = read_rows(splits["train"], "train", columns, notes, added=added)
-    # One draw orders the rows; test, validation and training are cut from it in this order.
-    train = train.shuffle(seed=seed)
-    if "test" in splits:
-        test = read_rows(splits["test"], "test", columns, notes, added=added)
-        test = _sample(test, max_predict_samples, seed)
-    else:
-        test, train = _taken(train, "test", test_fraction, max_predict_samples, notes)
-    if "validation" in splits:
-        validation = read_rows(splits["validation"], "validation", columns, notes, added=added)
-        validation = _sample(validation, max_eval_samples, seed)
-    else:
-        validation, train = _taken(train, "validation", validation_fraction, max_eval_samples, notes)
-    train = train.select(range(min(len(train), max_train_samples or len(train))))
-
-    names = _class_names([train, validation, test], splits["train"].features.get(columns.label), columns)
-    train, validation, test = (_numbered(rows, names) for rows in (train, validation, test))
+    shares = {"test": (test_fraction, max_predict_samples), "validation": (validation_fraction, max_eval_samples)}
+    parts, notes = _cut(splits, columns, shares, max_train_samples, seed, added=added)
+    names = _class_names(parts, splits["train"].features.get(columns.label), columns)
+    train, validation, test = (_numbered(rows, names) for rows in parts)
     if added:
         noise = {"kind": noise_kind, "seed": seed, "matrix": noise_matrix}
         noise["rate"] = None if noise_kind == "matrix" else noise_rate
-        if noise_kind == "instance":
-            noise["text_column"] = [name for name in ("text", "text_pair") if name in train.column_names]
         train, validation = _corrupt(train, validation, noise, names, columns.trusted)
+    return _checked(train, validation, test, names, notes, columns)
+
+
+def _cut(
+    splits: Mapping[str, Dataset],
+    columns: Columns,
+    shares: Mapping[str, tuple[float, int | None]],
+    max_train_samples: int | None,
+    seed: int,
+    *,
+    added: bool,
+) -> tuple[list[Dataset], list[str]]:
+    """Training, validation and test rows, and notes on what was dropped; `shares`: what to take where none is given."""
+    notes: list[str] = []
+    # One draw orders the rows; test, validation and training are cut from it in this order.
+    train = read_rows(splits["train"], "train", columns, notes, added=added).shuffle(seed=seed)
+    parts: dict[str, Dataset] = {}
+    for split in ("test", "validation"):
+        fraction, at_most = shares[split]
+        if split in splits:
+            parts[split] = _sample(read_rows(splits[split], split, columns, notes, added=added), at_most, seed)
+        else:
+            parts[split], train = _taken(train, split, fraction, at_most, notes)
+    train = train.select(range(min(len(train), max_train_samples or len(train))))
+    return [train, parts["validation"], parts["test"]], notes
+
+
+def _checked(
+    train: Dataset, validation: Dataset, test: Dataset, names: Sequence[Label], notes: list[str], columns: Columns
+) -> ClassificationData:
     data = ClassificationData(
         _finish(train, "train"), _finish(validation, "validation"), _finish(test, "test"), list(map(str, names)), notes
     )
@@ -270,6 +283,8 @@ def _corrupt(
     """Training and validation rows corrupted as one set, so that one noise process made both."""
     pool = concatenate_datasets([train, validation]).remove_columns(["clean_label", "chooser"])
     pool = pool.cast_column("label", ClassLabel(names=list(map(str, names))))
+    if noise["kind"] == "instance":
+        noise = {**noise, "text_column": [name for name in ("text", "text_pair") if name in pool.column_names]}
     labels = list(corrupt_labels(pool, **noise)["label"])
     train = _replaced(train, "label", labels[: len(train)])
     return train, validation if trusted else _replaced(validation, "chooser", labels[len(train) :])

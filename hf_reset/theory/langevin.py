@@ -222,11 +222,7 @@ def simulate(
     Raises:
         ConfigError: an argument has a value it cannot have.
     """
-    for name, value in (("distance", distance), ("diffusion", diffusion), ("time_step", time_step)):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"`{name}` must be above 0 and finite, got {value!r}.")
-    if not rate >= 0 or (rate and period is not None):
-        raise ConfigError(f"`rate` must be at least 0, and 0 where a `period` is given, got {rate!r} and {period!r}.")
+    _check_walk(distance, diffusion, time_step, rate, period)
     rng = np.random.default_rng(seed)
     steps = math.ceil(max_time / time_step)
     every = None if period is None else max(1, round(period / time_step))
@@ -251,6 +247,14 @@ def simulate(
     censored = np.zeros(walkers, dtype=bool)
     censored[walking] = True
     return FirstPassages(times * time_step, censored)
+
+
+def _check_walk(distance: float, diffusion: float, time_step: float, rate: float, period: float | None) -> None:
+    for name, value in (("distance", distance), ("diffusion", diffusion), ("time_step", time_step)):
+        if not 0 < value < math.inf:
+            raise ConfigError(f"`{name}` must be above 0 and finite, got {value!r}.")
+    if not rate >= 0 or (rate and period is not None):
+        raise ConfigError(f"`rate` must be at least 0, and 0 where a `period` is given, got {rate!r} and {period!r}.")
 
 
 def _moments(gradient: ArrayLike, gradient_variance: ArrayLike, batch_size: int) -> tuple[Array, Array]:
