@@ -34,11 +34,12 @@ def remembered(mode, loss, folder: Path):
     }
 
 
-def resumed(mode, loss, folder: Path):
-    """The same, with dropout, whole and taken up amid an epoch."""
+def resumed(mode, folder: Path):
+    """All of it, with dropout, whole and taken up amid an epoch and between two judgements."""
     found = {}
-    for name, checkpoint in (("whole", None), ("again", str(folder / "whole" / "checkpoint-12"))):
-        trainer = trainer_for(folder / name, mode, **SETTINGS, **LOSSES[loss])
+    settings = {**SETTINGS, "max_steps": 40, "reset_loss": "elr", "reset_refine": "soft"}
+    for name, checkpoint in (("whole", None), ("again", str(folder / "whole" / "checkpoint-36"))):
+        trainer = trainer_for(folder / name, mode, **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         found[name] = {name: tensor.clone() for name, tensor in trainer.rows_state().items()} | whole(trainer.model)
     return found
@@ -64,9 +65,9 @@ def refused(folder: Path):
 def checks():
     each = {"refused": refused}
     for mode in ("ddp", "fsdp", "fsdp1"):
+        each[f"{mode}-resumed"] = partial(resumed, mode)
         for loss in LOSSES:
             each[f"{mode}-{loss}"] = partial(remembered, mode, loss)
-            each[f"{mode}-{loss}-resumed"] = partial(resumed, mode, loss)
     return each
 
 

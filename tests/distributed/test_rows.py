@@ -14,7 +14,7 @@ CHECKS = [f"{mode}-{loss}" for mode in ("ddp", "fsdp") for loss in ("plain", "el
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    names = [*CHECKS, "ddp-elr-resumed", "fsdp-elr-resumed", "fsdp1-plain", "refused"]
+    names = [*CHECKS, "ddp-resumed", "fsdp-resumed", "fsdp1-plain", "refused"]
     return results(launch(HERE / "rows.py", folder, *names), folder)
 
 
@@ -47,7 +47,9 @@ def test_all_processes_remember_the_same(of_two, check):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_resume_is_exact(of_two, mode):
-    runs = found(of_two, f"{mode}-elr-resumed")
+    runs = found(of_two, f"{mode}-resumed")
+    assert runs["whole"]["refinement.is_suspect"].any()
+    assert {"refinement.targets", "loss.targets", "memory.classes"} <= runs["whole"].keys()
     whole, again = ({k: v.nan_to_num(-1) for k, v in runs[name].items()} for name in ("whole", "again"))
     assert same(whole, again)
 
