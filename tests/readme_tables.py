@@ -8,8 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from hf_reset.report import classification, instructions
+from hf_reset.report.comparison import comparison_table, suspects_table
 from hf_reset.report.results import read_results
 from hf_reset.report.tables import markdown_table, summary_table
+from hf_reset.study.comparison import read_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -23,7 +25,10 @@ def render(readme: str) -> str:
 
 
 def table(name: str) -> str:
-    """The table of one result file."""
+    """The table of one result file, or of the folder of a study."""
+    if name in ("comparison", "suspects"):
+        records = read_records(RESULTS / "studies" / "comparison")
+        return comparison_table(records) if name == "comparison" else suspects_table(records)
     path = RESULTS / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":
