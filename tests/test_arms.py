@@ -40,8 +40,15 @@ def test_a_run_differs_from_its_study_by_folder_seed_and_overrides(tmp_path):
     assert study.reset_probability == 0.3, "the study's own arguments stay"
 
 
+def test_the_plain_arm_is_plain_whatever_the_study_asks_for(tmp_path):
+    study = ResetTrainingArguments(str(tmp_path), reset_refine="soft", reset_ema_decay=0.9, use_cpu=True)
+    plain, reset = (arguments_of(study, arm, 0) for arm in (PLAIN, RESET))
+    assert (plain.reset_refine, plain.reset_ema_decay) == ("off", None)
+    assert (reset.reset_refine, reset.reset_ema_decay) == ("soft", 0.9)
+
+
 def test_an_arm_is_a_frozen_value():
-    assert Arm("plain", {"reset_probability": 0.0}) == PLAIN
+    assert Arm("plain", {"reset_probability": 0.0, "reset_refine": "off", "reset_ema_decay": None}) == PLAIN
     assert len({PLAIN, RESET, Arm("reset")}) == 2
     with pytest.raises(FrozenInstanceError):
         PLAIN.name = "other"

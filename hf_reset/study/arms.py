@@ -23,7 +23,8 @@ class Arm:
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
-PLAIN = Arm("plain", {"reset_probability": 0.0})
+PLAIN = Arm("plain", {"reset_probability": 0.0, "reset_refine": "off", "reset_ema_decay": None})
+"""Nothing of this package: what a study asks for beside resets is off too, but for a loss that both arms share."""
 RESET = Arm("reset")
 
 
