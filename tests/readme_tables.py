@@ -35,6 +35,8 @@ def table(name: str) -> str:
         return _overhead(result)
     if result.get("benchmark") == "survival":
         return _survival(result)
+    if result.get("benchmark") == "exactness":
+        return _exactness(result)
     columns = {"text_classification": classification.README_COLUMNS, "instruction_tuning": instructions.README_COLUMNS}
     return summary_table(read_results(path)["records"], columns[result["recipe"]])
 
@@ -76,6 +78,21 @@ def _survival(result: dict) -> str:
         lives = [life["identical"] for life in result["lives"] if life["mode"] == mode]
         rows.append([mode, *(str(kills[mode, phase]) for phase in phases), f"{sum(lives)} of {len(lives)}"])
     return markdown_table(["", *(f"killed in {phase}" for phase in phases), "runs that ended bit-identical"], rows)
+
+
+def _exactness(result: dict) -> str:
+    """A row a package: which of its optimizers are exact, and which are refused, wholly or in one use."""
+    rows = []
+    for package, version in dict.fromkeys((one["package"], one["version"]) for one in result["optimizers"]):
+        exact, refused = [], []
+        for one in result["optimizers"]:
+            uses = [use for use in result["proofs"] if one[use] != "exact"]
+            if one["package"] == package and len(uses) < len(result["proofs"]):
+                exact.append(one["name"] + (f" (but {', '.join(uses)}: refused)" if uses else ""))
+            elif one["package"] == package:
+                refused.append(one["name"])
+        rows.append([f"{package} {version}", ", ".join(exact) or "–", ", ".join(refused) or "–"])
+    return markdown_table(["package", "exact", "refused when training begins"], rows)
 
 
 if __name__ == "__main__":

@@ -416,19 +416,6 @@ def test_tensor_parallel_weights_are_refused():
         dist.destroy_process_group()
 
 
-def test_quantised_optimizer_state_cannot_be_zeroed():
-    model = bert()
-
-    class AdamW8bit(torch.optim.AdamW):
-        """Stands for the bitsandbytes class, which needs CUDA; only its module's name is read."""
-
-    AdamW8bit.__module__ = "bitsandbytes.optim"
-    optimizer = AdamW8bit(model.parameters())
-    with pytest.raises(UnsupportedError, match=r'`optimizer_state="zero"` cannot be done for AdamW8bit'):
-        AnchorStore(model, optimizer, optimizer_state="zero")
-    AnchorStore(model, optimizer, optimizer_state="restore")
-
-
 def test_accelerates_wrapper_is_looked_through(trained):
     _model, optimizer = trained
     assert unwrapped_optimizer(Accelerator(cpu=True).prepare(optimizer)) is optimizer

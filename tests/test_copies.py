@@ -43,7 +43,7 @@ def test_an_anchor_file_has_the_first_versions_names(tmp_path):
         header = file.metadata()
     kinds = ("parameter", "optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq")
     assert names == {f"{kind}/classifier.{part}" for kind in kinds for part in ("weight", "bias")}
-    assert header["format"] == "hf_reset-anchor-1"
+    assert header["format"] == "hf_reset-anchor-2"
     assert header["scope"] == '"head"'
 
 
@@ -105,4 +105,4 @@ def test_live_views_are_the_models_own_memory():
     key = Key("parameter", None, "classifier.bias")
     views.weights()[key].fill_(7)
     assert model.classifier.bias.tolist() == [7, 7, 7]
-    assert views.optimizer_state() == {}
+    assert views.memory.look().tensors == {}

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_reset.anchor.optimizers.memory import OptimizerMemory
 from hf_reset.anchor.scopes import (
     batch_norm_buffers,
     covers_all,
@@ -19,8 +20,8 @@ from hf_reset.anchor.scopes import (
 from hf_reset.anchor.shards import Layout, copy_all, give_up_gathered, refuse_part_of_flat, shards_of
 from hf_reset.config import Scope
 
-_OPTIMIZER = "optimizer"
-_PASSING = (_OPTIMIZER, "gathered")  # kinds that may not be there at a given moment
+_STATE = ("optimizer", "fresh")
+_PASSING = (*_STATE, "gathered")  # kinds that may not be there at a given moment
 _REST = "rest-"  # before the kind of what lies outside the scope
 
 
@@ -29,9 +30,10 @@ class Key(NamedTuple):
 
     Attributes:
         kind: "parameter", "master" (DeepSpeed's float32 weights), "gathered" (ZeRO-3's whole copy of a small
-            parameter), "buffer", or "optimizer"; "rest-parameter" and so on for what lies outside the scope.
-        entry: the entry of the optimizer's state, such as "exp_avg"; None for every other kind.
-        name: the parameter's or the buffer's.
+            parameter), "buffer", "optimizer", or "fresh" (the optimizer's before its first step);
+            "rest-parameter" and so on for what lies outside the scope.
+        entry: of the optimizer's, the way to it, such as "exp_avg"; None for every other kind.
+        name: the parameter's or the buffer's; "" for what an optimizer's parameters share.
     """
 
     kind: str
@@ -46,7 +48,7 @@ class Key(NamedTuple):
     def parse(cls, text: str) -> Key:
         """The key that is written `text` in a file."""
         kind, _, rest = text.partition("/")
-        if kind != _OPTIMIZER:
+        if kind not in _STATE:
             return cls(kind, None, rest)
         entry, _, name = rest.partition("/")
         return cls(kind, entry, name)
@@ -54,7 +56,7 @@ class Key(NamedTuple):
     @property
     def is_optimizer(self) -> bool:
         """Whether it belongs to the optimizer, and not to the weights."""
-        return self.kind == _OPTIMIZER
+        return self.kind in _STATE
 
     @property
     def is_rest(self) -> bool:
@@ -68,7 +70,7 @@ class Key(NamedTuple):
 
 
 class LiveViews:
-    """The live values of a scope by key: this rank's share, tensors to write in place, and optimizer numbers.
+    """The live values of a scope by key: this rank's share, as tensors to write in place.
 
     Args:
         model: the model being trained, wrapped or not.
@@ -81,6 +83,7 @@ class LiveViews:
         parameters: the parameters of the scope, by name.
         is_full: whether they are all that is trained.
         shards: how they lie under DDP, FSDP or DeepSpeed.
+        memory: what the optimizer remembers of them.
 
     Raises:
         ScopeError: the scope selects nothing, everything by accident, or a tied head.
@@ -97,6 +100,7 @@ class LiveViews:
         reachable = {**self.parameters, **self._rest}
         refuse_rank_allocation(self._model, reachable)
         self.shards = shards_of(model, reachable, optimizer, full=self.is_full)
+        self.memory = OptimizerMemory(optimizer, self.shards, self._model, self.parameters, full=self.is_full)
         self._buffers = batch_norm_buffers(self._model) if self.is_full or self._rest else []
 
     @property
@@ -127,14 +131,6 @@ class LiveViews:
             live.update({Key(_REST + "buffer", None, name): self._model.get_buffer(name) for name in self._buffers})
         return live
 
-    def optimizer_state(self) -> dict[Key, Any]:
-        """The optimizer's state of the scope: tensors and numbers."""
-        return {
-            Key(_OPTIMIZER, entry, name): value
-            for name in self.parameters
-            for entry, value in self.shards.optimizer_state(name).items()
-        }
-
     def whole(self, key: Key, share: Tensor) -> Tensor:
         """The DTensor that a share is this rank's part of; where weights are no DTensors, the share itself."""
         return share if key.kind.endswith("buffer") else self.shards.whole(key.name, share, key.entry)
@@ -143,12 +139,8 @@ class LiveViews:
         """Where a value of this key lies, or would lie if there were one."""
         if key.kind.endswith("buffer"):
             return self._model.get_buffer(key.name).device
-        if key.entry is not None:
-            state = self.shards.optimizer_state(key.name).get(key.entry)
-            if isinstance(state, Tensor):
-                return state.device
-            if key.entry == "step":  # torch keeps it on the CPU unless it is fused or capturable
-                return torch.device("cpu")
+        if key.name not in self.parameters:
+            return torch.device("cpu")
         return self.shards.weights(key.name)["parameter"].device
 
     def give_up_gathered(self, kept: Collection[Key] = (), *, rest: bool = False) -> None:

@@ -22,7 +22,7 @@ from hf_reset.anchor.ranks import together
 from hf_reset.errors import AnchorFileError
 from hf_reset.files import written_whole
 
-FORMAT = "hf_reset-anchor-1"
+FORMAT = "hf_reset-anchor-2"  # 2: the form of the optimizer in the header
 Header = dict[str, str]
 Shapes = dict[Key, torch.Size]
 
@@ -147,7 +147,7 @@ def _read_rows(
     held = {}
     for key, value in known.items():  # pyright: ignore[reportPossiblyUnboundVariable]
         if wanted(key):
-            share = views.shards.weights(key.name)["parameter"] if key.entry else None
+            share = views.shards.weights(key.name)["parameter"] if key.entry and key.name else None
             is_share = share is not None and views.shards.whole(key.name, share).shape == value.size
             size = share.shape if share is not None and is_share else value.size
             held[key] = _room_for(key, size, value.properties.dtype, copy, live, views)

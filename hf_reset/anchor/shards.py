@@ -34,7 +34,7 @@ class Shards:
     """
 
     def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._optimizer = unwrapped_optimizer(optimizer)
         self._fsdp = _fsdp_units(model)
         self.layout: Layout = "whole"
@@ -43,32 +43,15 @@ class Shards:
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors that together hold this rank's share of a parameter's value, by part."""
-        return {"parameter": _local(self._parameters[name])}
-
-    def optimizer_state(self, name: str) -> dict[str, Any]:
-        """This rank's share of the optimizer's state of a parameter: tensors to write in place, and numbers."""
-        if self._optimizer is None:
-            return {}
-        state = self._optimizer.state.get(self._parameters[name], {})
-        return {
-            key: _local(value) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-            if isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
-        }
-
-    def put_optimizer_state(self, name: str, key: str, value: Any) -> None:
-        """Set an entry that is a number, or that the optimizer has not made yet."""
-        if isinstance(value, Tensor):
-            value = self.whole(name, value)
-        self._optimizer.state[self._parameters[name]][key] = value
+        return {"parameter": local_part(self.parameters[name])}
 
     def whole(self, name: str, share: Tensor, entry: str | None = None) -> Tensor:
         """A share of a parameter, or of an entry of its optimizer state, as the DTensor it is a share of.
 
         A tensor that every rank holds whole is given back as it is. Memory is shared, on whatever device.
         """
-        like: Any = self._parameters[name]
-        if entry is not None and self._optimizer is not None:
+        like: Any = self.parameters.get(name)
+        if like is not None and entry is not None and self._optimizer is not None:
             like = self._optimizer.state.get(like, {}).get(entry, like)
         if not isinstance(like, DTensor) or share.shape != like._local_tensor.shape:
             return share
@@ -103,7 +86,7 @@ class Zero12Shards(Shards):
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The whole weight that the forward reads ("parameter"), and this rank's slice of its master."""
-        return {"parameter": self._parameters[name].data, "master": self._slice(name, self._partition(name))}
+        return {"parameter": self.parameters[name].data, "master": self._slice(name, self._partition(name))}
 
     def optimizer_state(self, name: str) -> dict[str, Any]:
         """Slices of the flat state; the step count too where the scope is full."""
@@ -133,12 +116,12 @@ class Zero12Shards(Shards):
 
     def _partition(self, name: str) -> Tensor | None:
         """The flat master that holds this rank's slice of a parameter; None where it holds none."""
-        mapping = self._parameters[name]._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
+        mapping = self.parameters[name]._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         return None if mapping is None else self._optimizer.param_groups[mapping.param_group_index]["params"][0]
 
     def _slice(self, name: str, flat: Tensor | None) -> Tensor:
         """The part of a flat tensor that belongs to a parameter; empty where this rank has none."""
-        parameter: Any = self._parameters[name]
+        parameter: Any = self.parameters[name]
         if flat is None:
             return parameter.data.new_empty(0, dtype=torch.float32)
         address = parameter._hp_mapping.get_hp_fragment_address()
@@ -154,7 +137,7 @@ class Zero3Shards(Zero12Shards):
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """This rank's share ("parameter"), its master, and the gathered copy of a persistent parameter."""
-        parameter: Any = self._parameters[name]
+        parameter: Any = self.parameters[name]
         share = parameter.ds_tensor.data.reshape(-1).narrow(0, 0, self._numel(parameter))
         parts = {"parameter": share, "master": self._slice(name, self._partition(name))}
         if parameter.ds_persist and _is_gathered(parameter):
@@ -163,7 +146,7 @@ class Zero3Shards(Zero12Shards):
 
     def give_up_gathered(self, kept: Collection[str] = ()) -> None:
         """Give up gathered copies that will not be written: an evaluation may have left some."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if _is_gathered(parameter) and name not in kept:
                 parameter.partition()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -174,11 +157,11 @@ class Zero3Shards(Zero12Shards):
     def _slice(self, name: str, flat: Tensor | None) -> Tensor:
         assert flat is not None  # every rank has a share of every parameter, though it may be all padding
         _, (_, offset, _) = self._position(name)
-        return flat.data.narrow(0, offset, self._numel(self._parameters[name]))
+        return flat.data.narrow(0, offset, self._numel(self.parameters[name]))
 
     def _position(self, name: str) -> tuple[Any, tuple[int, int, int]]:
         """ZeRO's optimizer, and the group, offset and length of a parameter's share in its flat masters."""
-        parameter: Any = self._parameters[name]
+        parameter: Any = self.parameters[name]
         zero = parameter._z3_optimizer
         return zero, zero.grad_position[zero.get_param_id(parameter)]
 
@@ -308,27 +291,18 @@ def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Any 
         )
 
 
-def refuse_zeroing(optimizer: Any) -> None:
-    """Quantised optimizer state has no all-zero form that means "fresh"."""
-    raw = unwrapped_optimizer(optimizer)
-    if type(raw).__module__.startswith("bitsandbytes"):
-        raise UnsupportedError(
-            f'`optimizer_state="zero"` cannot be done for {type(raw).__name__}, whose state is quantised. Choose '
-            '`optimizer_state="restore"` or "keep".'
-        )
-
-
 def unwrapped_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside the wrappers of accelerate and DeepSpeed."""
+    """The optimizer inside the wrappers of accelerate and DeepSpeed; a wrapper of the user's own is the user's."""
     return None if optimizer is None else list(_chain(optimizer))[-1]
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and what it wraps, from the outside in."""
+    """An optimizer and what it wraps, from the outside in, as far as the wrappers are the host's."""
     while optimizer is not None:
         yield optimizer
+        is_hosts = type(optimizer).__module__.partition(".")[0] in ("accelerate", "deepspeed")
         inner = getattr(optimizer, "optimizer", None)
-        optimizer = inner if hasattr(inner, "param_groups") else None
+        optimizer = inner if is_hosts and hasattr(inner, "param_groups") else None
 
 
 def _is_gathered(parameter: Any) -> bool:
@@ -361,7 +335,7 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], *, non_blocking: bool = Fal
         )
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """A view of this rank's part that shares memory and takes no part in autograd."""
     if isinstance(tensor, DTensor):
         return tensor._local_tensor.detach()

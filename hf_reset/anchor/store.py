@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from hf_reset.anchor.copies import Copy, Key, LiveViews
 from hf_reset.anchor.file import Header, Shapes, read_copy, write_copy
-from hf_reset.anchor.shards import Layout, refuse_zeroing
+from hf_reset.anchor.optimizers.look import KEEP, Look
+from hf_reset.anchor.optimizers.memory import from_header, to_header
+from hf_reset.anchor.optimizers.reach import Place
+from hf_reset.anchor.shards import Layout, copy_all
 from hf_reset.config import Scope
 from hf_reset.errors import AnchorError, AnchorFileError
 
@@ -62,11 +65,19 @@ class AnchorStore:
     ) -> None:
         self.scope = scope
         self.optimizer_state = optimizer_state
-        self.storage = storage
+        self.storage: Literal["device", "cpu"] = storage
         self._views = LiveViews(model, optimizer, scope, rest=keep_rest)
-        if optimizer_state == "zero" and optimizer is not None:
-            refuse_zeroing(optimizer)
         self._copy = Copy(storage)
+        self._look = Look(KEEP, {}, {})  # what the optimizer is to remember after a reset, its tensors apart
+        self._fresh = Copy(storage)  # those tensors, where they are not the anchor's but a fresh optimizer's
+        if optimizer_state != "keep":
+            self._views.memory.rehearse()
+        if optimizer_state == "restore":
+            self._views.memory.look()  # to refuse now what it could not do at the first snapshot
+        elif optimizer_state == "zero":
+            look = self._views.memory.fresh()
+            self._fresh.take(_keyed("fresh", look))
+            self._look = look._replace(tensors={})
         self._swapped = False
 
     @property
@@ -95,11 +106,16 @@ class AnchorStore:
         return self._views.layout
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether the optimizer's step may fail where no parameter has a gradient; a few do."""
+        return self._views.memory.needs_gradients
+
+    @property
     def nbytes(self) -> int:
         """Bytes the anchor holds on this rank; before the first snapshot, those it would hold."""
         if self._copy:
-            return self._copy.nbytes
-        return sum(value.numel() * value.element_size() for value in self._live().values() if isinstance(value, Tensor))
+            return self._copy.nbytes + self._fresh.nbytes
+        return sum(tensor.nbytes for tensor in self._live().values()) + self._fresh.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """The anchored value of each parameter by name, this rank's share; to read, not to write."""
@@ -109,7 +125,12 @@ class AnchorStore:
     def snapshot(self) -> None:
         """Take the live parameters as the anchor, into the memory of the last one."""
         self._refuse_swapped("snapshot")
-        self._copy.take(self._live())
+        live = {**self._views.weights(), **self._views.rest()}
+        if self.optimizer_state == "restore":
+            look = self._views.memory.look()
+            live.update(_keyed("optimizer", look))
+            self._look = look._replace(tensors={})  # live ones, which the optimizer may let go of
+        self._copy.take(live)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -121,9 +142,11 @@ class AnchorStore:
         self._refuse_swapped("restore")
         self._require_set("restore")
         self._views.give_up_gathered(kept=self._copy.held)
-        live = self._live()
-        self._copy.put_back({key: value for key, value in live.items() if not key.is_rest})
-        self._restore_optimizer(live)
+        self._copy.put_back(self._views.weights())
+        if self.optimizer_state != "keep":
+            copy = self._copy if self.optimizer_state == "restore" else self._fresh
+            held = {Place(key.entry or "", key.name): tensor for key, tensor in copy.held.items() if key.is_optimizer}
+            copy_all(self._views.memory.put_back(self._look, held), non_blocking=True)
 
     def finish(self) -> bool:
         """Leave the model as it was when the anchor was taken: `restore`, and the weights outside the scope.
@@ -192,7 +215,8 @@ class AnchorStore:
         self._refuse_swapped("save")
         header = {"scope": json.dumps(self.scope), "optimizer_state": self.optimizer_state}
         header["metadata"] = json.dumps(metadata or {})
-        write_copy(path, self._copy.held, header, self._views)
+        header["optimizer"] = to_header(self._look.form)
+        write_copy(path, {**self._copy.held, **self._fresh.held}, header, self._views)
 
     def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Read an anchor that `save` wrote; live parameters do not change until `restore`.
@@ -208,47 +232,35 @@ class AnchorStore:
         """
         self._refuse_swapped("load")
         live, check = self._live(), partial(self._check_fit, path)
-        header = read_copy(path, self._copy, live, self._views, check=check, wanted=self._is_wanted)
+        copy = Copy(self.storage)
+        header = read_copy(path, copy, live, self._views, check=check, wanted=self._is_wanted)
+        if header["optimizer_state"] == self.optimizer_state:
+            self._look = from_header(path, header)
+        else:
+            self.refuse_unknown_fresh()
+        self._fresh.held = {key: copy.held.pop(key) for key in list(copy.held) if key.kind == "fresh"}
+        self._copy = copy
         return json.loads(header["metadata"])
+
+    def refuse_unknown_fresh(self) -> None:
+        """Where training goes on without an anchor file, "zero" must know what the optimizer was when fresh.
+
+        Raises:
+            UnsupportedError: it does not.
+        """
+        if self.optimizer_state == "zero":
+            self._views.memory.refuse_unknown_fresh()
 
     def _is_wanted(self, key: Key) -> bool:
         if key.is_rest:
             return key in self._views.rest()
-        return self.optimizer_state == "restore" or not key.is_optimizer
+        kind = {"restore": "optimizer", "zero": "fresh"}.get(self.optimizer_state)
+        return not key.is_optimizer or key.kind == kind
 
-    def _live(self) -> dict[Key, Any]:
-        """Every live value that an anchor copies: tensors to write in place, and optimizer numbers."""
-        live: dict[Key, Any] = {**self._views.weights(), **self._views.rest()}
-        if self.optimizer_state == "restore":
-            live.update(self._views.optimizer_state())
-        return live
-
-    def _restore_optimizer(self, live: dict[Key, Any]) -> None:
-        """What one fused copy cannot do: numbers, entries not made yet, and entries the anchor lacks."""
-        if self.optimizer_state == "keep":
-            return
-        if self.optimizer_state == "zero":
-            live = self._views.optimizer_state()
-        for key, held in self._copy.held.items():
-            if key.is_optimizer and not isinstance(live.get(key), Tensor):
-                self._put(key, live[key].__class__(held.item()) if key in live else self._unheld(held, key.name))
-        fresh = {key: value for key, value in live.items() if key.is_optimizer and key not in self._copy.held}
-        tensors = [value for value in fresh.values() if isinstance(value, Tensor)]
-        if tensors:
-            torch._foreach_zero_(tensors)  # pyright: ignore[reportPrivateImportUsage]
-        for key, value in fresh.items():
-            if not isinstance(value, Tensor):
-                self._put(key, type(value)(0))
-
-    def _put(self, key: Key, value: Any) -> None:
-        """Set an entry of the optimizer's state that is a number, or that is not there yet."""
-        assert key.entry is not None  # an optimizer's key has one
-        self._views.shards.put_optimizer_state(key.name, key.entry, value)
-
-    def _unheld(self, held: Tensor, name: str) -> Tensor:
-        """A copy of an anchored optimizer entry where the optimizer has made none yet."""
-        device = self._views.shards.weights(name)["parameter"].device if held.dim() else held.device
-        return held.to(device, copy=True)
+    def _live(self) -> dict[Key, Tensor]:
+        """Every live tensor that an anchor copies."""
+        state = _keyed("optimizer", self._views.memory.look()) if self.optimizer_state == "restore" else {}
+        return {**self._views.weights(), **self._views.rest(), **state}
 
     def _exchange(self) -> None:
         self._views.give_up_gathered()
@@ -292,3 +304,7 @@ class AnchorStore:
                 f"`{verb}` came inside `swapped()`, where the anchor's memory holds the live weights. "
                 "Leave the `with` block first."
             )
+
+
+def _keyed(kind: str, look: Look) -> dict[Key, Tensor]:
+    return {Key(kind, place.entry, place.name): tensor for place, tensor in look.tensors.items()}

@@ -125,8 +125,11 @@ def take_up(
         AnchorFileError: the anchor is missing, or belongs to another run, model or scope.
     """
     events = [event for event in recorded_events(state.stateful_callbacks) if event["kind"] != "advice"]
-    if not events:
-        return now  # no anchor yet, or a run that began without resets
+    if not events:  # no anchor yet, or a run that began without resets
+        if store is not None:
+            with together():
+                store.refuse_unknown_fresh()
+        return now
     directory = directory or Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
     file = _file_in(directory, store, args)
     with together():

@@ -180,6 +180,7 @@ class ResetTrainerMixin(RefiningMixin):
             and self.accelerator.scaler is None
             and not self.is_deepspeed_enabled
             and callback.store.layout != "flat"  # FSDP1 wants its backward
+            and not callback.store.needs_gradients
         )
 
     def _running_loss(self) -> Tensor:

@@ -1,0 +1,205 @@
+"""The way back: an optimizer is given the form it had, in place wherever that can be."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hf_reset.anchor.optimizers.look import Form, Look
+from hf_reset.anchor.optimizers.objects import (
+    attributes_of,
+    constructor_arguments,
+    fields_of,
+    is_plain_object,
+    is_users,
+    random_state,
+    set_random_state,
+)
+from hf_reset.anchor.optimizers.reach import Place, Reach, escaped
+from hf_reset.errors import AnchorError
+
+_MISSING: Any = object()
+
+
+def put_back(optimizer: Any, reach: Reach, look: Look, held: Mapping[Place, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Give an optimizer the form it had. What was not there then is taken out, what is gone is put in.
+
+    Args:
+        optimizer: the one that was looked at, or another that is made alike.
+        reach: the scope's.
+        look: what `look` saw.
+        held: copies of its tensors, by place.
+
+    Returns:
+        What is left to do: pairs of a live tensor to write, and the held one to write into it.
+
+    Raises:
+        AnchorError: the look is from a file, and the optimizer has not yet made an object that it needs.
+    """
+    way = _WayBack(type(optimizer).__name__, reach, look, held)
+    way.put(optimizer, look.form, Place("", ""))
+    return way.pairs
+
+
+class _WayBack:
+    """One way back. Each `_put_…` gives the value for its place: the live one, if it could be written in place."""
+
+    def __init__(self, name: str, reach: Reach, look: Look, held: Mapping[Place, Tensor]) -> None:
+        self._name = name
+        self._reach = reach
+        self._objects = look.objects
+        self._held = held
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._by_kind: dict[str, Callable[[Any, Any, Place], Any]] = {
+            "keep": lambda live, _, at: live,
+            "value": _value,
+            "tensor": self._tensor,
+            "wrapped": self._wrapped,
+            "array": self._array,
+            "generator": self._generator,
+            "random": self._random,
+            "set": _set,
+            "list": self._list,
+            "dict": self._mapping,
+            "object": self._object,
+            "optimizer": self._optimizer,
+        }
+
+    def put(self, live: Any, form: Form, at: Place) -> Any:
+        """The value that belongs at a place, where `live` stands now."""
+        return self._by_kind[form[0]](live, form[1] if len(form) > 1 else None, at)
+
+    def _tensor(self, live: Any, device: str, at: Place) -> Tensor:
+        held = self._held[at]
+        if isinstance(live, Tensor) and not is_traceable_wrapper_subclass(local := self._reach.local(live)):
+            if _can_take(local, held) and not self._reach.is_weight(local):
+                self.pairs.append((local, held))
+                return live
+        weight = self._reach.parameters.get(at.name)
+        kind = torch.device(device) if weight is None or weight.device.type != device else weight.device
+        return self._reach.whole(at, held.to(kind, copy=True))
+
+    def _wrapped(self, live: Any, parts: dict[str, Form], at: Place) -> Any:
+        """A tensor made of tensors, such as a quantised one."""
+        if not isinstance(live, Tensor) or not is_traceable_wrapper_subclass(self._reach.local(live)):
+            live = self._original(at, Tensor)
+        local: Any = self._reach.local(live)
+        inner, context = local.__tensor_flatten__()
+        old = {name: getattr(local, name) for name in inner}
+        new = {name: self.put(old[name], parts[name], at.into(escaped(name))) for name in inner}
+        if all(new[name] is old[name] for name in inner):
+            return live
+        return type(local).__tensor_unflatten__(new, context, local.shape, local.stride())
+
+    def _array(self, live: Any, _: None, at: Place) -> np.ndarray:
+        held = self._held[at]
+        if isinstance(live, np.ndarray) and live.flags.writeable and _can_take(torch.from_numpy(live), held):
+            self.pairs.append((torch.from_numpy(live), held))
+            return live
+        return held.numpy().copy()
+
+    def _generator(self, live: Any, _: None, at: Place) -> torch.Generator:
+        generator = live if isinstance(live, torch.Generator) else self._original(at, torch.Generator)
+        generator.set_state(self._held[at].cpu())
+        return generator
+
+    def _random(self, live: Any, state: Any, at: Place) -> Any:
+        generator = live if random_state(live) is not None else self._original(at, object)
+        set_random_state(generator, state)
+        return generator
+
+    def _list(self, live: Any, forms: list[Form], at: Place) -> Any:
+        live = live if isinstance(live, (list, tuple, deque)) else self._objects.get(at, [])
+        old = [*live, *[_MISSING] * (len(forms) - len(live))]
+        new = [self.put(old[index], form, at.into(str(index))) for index, form in enumerate(forms)]
+        same = len(new) == len(live) and all(one is other for one, other in zip(new, live, strict=True))
+        if same or not self._reach.holds(at):
+            return live
+        if isinstance(live, tuple):
+            return type(live)(*new) if hasattr(live, "_fields") else tuple(new)
+        live.clear()
+        live.extend(new)
+        return live
+
+    def _mapping(self, live: Any, nodes: dict[str, Form], at: Place, users: frozenset[str] | None = None) -> Any:
+        live = live if isinstance(live, MutableMapping) else self._objects.get(at, {})
+        for index, key in enumerate(list(live)):
+            token = None if is_users(key, users) else self._reach.token(key, index, at)
+            if token is not None and token not in nodes and self._reach.holds(self._reach.step(token, at)):
+                del live[key]
+        for token, form in nodes.items():
+            key = self._reach.key(token, at)
+            old = live.get(key, _MISSING)
+            new = self.put(old, form, self._reach.step(token, at))
+            if new is not old:
+                live[key] = new
+        return live
+
+    def _object(self, live: Any, nodes: dict[str, Form], at: Place) -> Any:
+        original = self._objects.get(at, live)
+        if live is _MISSING or not is_plain_object(live) or type(live) is not type(original):
+            live = self._original(at, object)
+        self._fields(live, dict(fields_of(live)), nodes, at)
+        return live
+
+    def _optimizer(self, live: Any, parts: dict[str, Form], at: Place) -> Any:
+        if not hasattr(live, "param_groups"):
+            live = self._original(at, Optimizer)
+        own = {name: form for name, form in parts.items() if name != "state" and not name.startswith("param_groups:")}
+        self._fields(live, dict(attributes_of(live)), own, at.into("self"))
+        if "state" in parts:
+            self.put(live.state, parts["state"], at.into("state") if at.entry else at)
+        users = constructor_arguments(type(live)) - self._reach.own
+        for index, group in enumerate(live.param_groups):
+            if f"param_groups:{index}" in parts:
+                here = at.into("param_groups").into(str(index))
+                self._mapping(group, parts[f"param_groups:{index}"][1], here, users)
+        return live
+
+    def _fields(self, live: Any, old: dict[str, Any], nodes: dict[str, Form], at: Place) -> None:
+        """The attributes of an object."""
+        for name in old.keys() - nodes.keys():
+            if self._reach.holds(at):
+                object.__delattr__(live, name)
+        for name, form in nodes.items():
+            before = old.get(name, _MISSING)
+            new = self.put(before, form, at.into(escaped(name)))
+            if new is not before:
+                object.__setattr__(live, name, new)
+
+    def _original(self, at: Place, kind: type) -> Any:
+        """The object that stood at a place when it was looked at, for one that is there no more."""
+        found = self._objects.get(at)
+        if found is not None and isinstance(found, kind):
+            return found
+        raise AnchorError(
+            f"The anchor was read from a file, and optimizer {self._name} has not made its `{at}` yet, which holds "
+            "part of its state. Load the optimizer's own state first, or take a step."
+        )
+
+
+def _value(live: Any, value: Any, at: Place) -> Any:
+    if isinstance(live, np.generic):
+        value = type(live)(value)
+    return live if type(live) is type(value) and live == value else value
+
+
+def _set(live: Any, items: list[Any], at: Place) -> Any:
+    if not isinstance(live, set):
+        return frozenset(items) if isinstance(live, frozenset) else set(items)
+    live.clear()
+    live.update(items)
+    return live
+
+
+def _can_take(live: Tensor, held: Tensor) -> bool:
+    """Whether a held value can be written into a live tensor: they are alike, and none of its elements is many."""
+    alike = live.shape == held.shape and live.dtype == held.dtype and live.layout == held.layout
+    return alike and not any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
