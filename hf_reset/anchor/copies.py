@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from hf_reset.config import Scope
 _STATE = ("optimizer", "fresh")
 _PASSING = (*_STATE, "gathered")  # kinds that may not be there at a given moment
 _REST = "rest-"  # before the kind of what lies outside the scope
+
+
+Live: TypeAlias = Mapping["Key", Any]
+"""Where what an anchor holds lives: this rank's tensors, in place, and an optimizer's plain numbers."""
 
 
 class Key(NamedTuple):
@@ -183,7 +187,7 @@ class Copy:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
 
     @torch.no_grad()
-    def take(self, live: Mapping[Key, Any]) -> None:
+    def take(self, live: Live) -> None:
         """Copy the live values, into the memory of the last copy where they still fit."""
         self.held = {key: self.room(value, self.held.get(key)) for key, value in live.items()}
         pairs = [(self.held[key], value) for key, value in live.items() if isinstance(value, Tensor)]
@@ -191,12 +195,12 @@ class Copy:
         self._wait_for([value for _, value in pairs])
 
     @torch.no_grad()
-    def put_back(self, live: Mapping[Key, Any]) -> None:
+    def put_back(self, live: Live) -> None:
         """Copy back into those live tensors that are held, in one fused call."""
         copy_all(self._pairs(live), non_blocking=True)
 
     @torch.no_grad()
-    def exchange(self, live: Mapping[Key, Any]) -> None:
+    def exchange(self, live: Live) -> None:
         """Live and held tensors change places, one at a time. They must have one dtype for both to stay exact."""
         for tensor, held in self._pairs(live):
             kept = tensor.clone()
@@ -204,7 +208,7 @@ class Copy:
             held.copy_(kept)
 
     @torch.no_grad()
-    def lerp(self, live: Mapping[Key, Any], weight: float) -> None:
+    def lerp(self, live: Live, weight: float) -> None:
         """Go a part of the way to the live values: held ← held + `weight` · (live − held). Integers are copied."""
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for tensor, held in self._pairs(live):
@@ -230,7 +234,7 @@ class Copy:
         pinned = self.storage == "cpu" and value.device.type == "cuda"
         return torch.empty(value.shape, dtype=dtype, device=device, pin_memory=pinned)
 
-    def _pairs(self, live: Mapping[Key, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _pairs(self, live: Live) -> list[tuple[Tensor, Tensor]]:
         return [(live[key], held) for key, held in self.held.items() if isinstance(live.get(key), Tensor)]
 
     def _wait_for(self, sources: Iterable[Tensor]) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_reset.anchor.copies import Copy, Key, LiveViews
+from hf_reset.anchor.copies import Copy, Key, Live, LiveViews
 from hf_reset.anchor.dtensor_file import read_shared_header, read_shares, write_shares
 from hf_reset.anchor.ranks import together
 from hf_reset.errors import AnchorFileError
@@ -50,7 +50,7 @@ def write_copy(
 def read_copy(
     path: str | os.PathLike[str],
     copy: Copy,
-    live: Mapping[Key, Any],
+    live: Live,
     views: LiveViews,
     *,
     check: Callable[[Header, Shapes], None],
@@ -135,7 +135,7 @@ def _write(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
 def _read_rows(
     path: Path,
     copy: Copy,
-    live: Mapping[Key, Any],
+    live: Live,
     views: LiveViews,
     check: Callable[[Header, Shapes], None],
     wanted: Callable[[Key], bool],
@@ -156,9 +156,7 @@ def _read_rows(
     return header  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def _room_for(
-    key: Key, size: torch.Size, dtype: torch.dtype, copy: Copy, live: Mapping[Key, Any], views: LiveViews
-) -> Tensor:
+def _room_for(key: Key, size: torch.Size, dtype: torch.dtype, copy: Copy, live: Live, views: LiveViews) -> Tensor:
     """Memory for a value read from a file: as for the live one, where there is one, else as it was written."""
     like = live.get(key)
     if not isinstance(like, Tensor):

@@ -13,7 +13,7 @@ Names load on first use.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_reset.corpora.docstrings import AREAS, docstring_summaries, docstring_text, docstring_topics
@@ -30,7 +30,7 @@ _HOME = {
 __all__ = ["AREAS", "docstring_summaries", "docstring_text", "docstring_topics", "train_tokenizer"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'hf_reset.corpora' has no attribute {name!r}")

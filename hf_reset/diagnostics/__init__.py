@@ -6,7 +6,7 @@ Names load on first use, so that a part of this package that needs no Trainer do
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_reset.diagnostics.diffusion import ExcursionDiffusionCallback
@@ -24,7 +24,7 @@ _HOME = {
 __all__ = ["BestWeightsCallback", "ExcursionDiffusionCallback", "GradientPartsCallback", "LabelMemoryCallback"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'hf_reset.diagnostics' has no attribute {name!r}")

@@ -8,7 +8,7 @@ position along it, and the distance L is how far anchors have moved.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.diagnostics.modes import refuse_sharded
 from hf_reset.errors import ConfigError, DataError
+from hf_reset.planner.excursions import Entry
 
 LEVEL = 0.9  # of the intervals
 FEWEST = 8  # increments, before anything is said
@@ -258,7 +259,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
             return float(torch.stack(parts).sum())
 
 
-def plot_diffusion(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+def plot_diffusion(log_history: Sequence[Entry], path: str | Path) -> Path:
     """Draw drift, diffusion and Péclet number with their intervals over training; returns the path.
 
     Raises:

@@ -27,6 +27,7 @@ from hf_reset.diagnostics.label_memory import accepted_columns, default_collator
 from hf_reset.diagnostics.modes import evaluation_mode, generators_kept, refuse_sharded
 from hf_reset.errors import ConfigError, DataError, ScopeError
 from hf_reset.losses.by_name import cross_entropy, logits_of, shifts_labels
+from hf_reset.planner.excursions import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,7 +222,7 @@ class GradientPartsCallback(TrainerCallback):
         return noise_scale_of_strata(small, means, counts, self.batch_size, _square(total))
 
 
-def plot_gradients(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+def plot_gradients(log_history: Sequence[Entry], path: str | Path) -> Path:
     """Draw norms, cosine and the push along the path over training, the cosine by group too; returns the path.
 
     Raises:

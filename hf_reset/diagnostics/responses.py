@@ -164,7 +164,7 @@ class ResponseCurvesCallback(TrainerCallback):
             self._measure(kwargs["model"], args, state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Evaluations after training are no points of the curves."""
         self._is_training = False

@@ -11,7 +11,7 @@ Names load on first use.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_reset.losses.by_name import (
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(f"hf_reset.losses.{_HOME[name]}"), name)
     raise AttributeError(f"module 'hf_reset.losses' has no attribute {name!r}")

@@ -9,7 +9,7 @@ The functions need numpy only; ``evaluate`` is imported when one of the modules 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_reset.metrics.calibrated import CalibratedLoss, calibrated_loss, calibrated_rows
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'hf_reset.metrics' has no attribute {name!r}")

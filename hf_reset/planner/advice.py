@@ -8,12 +8,13 @@ and a difference that is larger than their scatter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+
+from hf_reset.planner.excursions import Entry
 
 ENOUGH = 8  # evaluations without a new best, before one says that nothing moves
 _NEAR_CHANCE = 0.02  # of the loss of guessing. (Two classes at 40 % noise leave a perfect model 3 % to gain.)
@@ -36,9 +37,7 @@ class Seen:
     resets: int
 
 
-def seen_since(
-    log_history: Sequence[Mapping[str, Any]], metric: str, *, greater_is_better: bool, since: int
-) -> list[Seen]:
+def seen_since(log_history: Sequence[Entry], metric: str, *, greater_is_better: bool, since: int) -> list[Seen]:
     """The evaluations after step `since`, each against the anchor before it, from a log history with our records."""
     sign = -1 if greater_is_better else 1
     anchor, start, resets, found = math.nan, 0, 0, []

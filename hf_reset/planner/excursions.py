@@ -11,13 +11,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from hf_reset.errors import DataError
 
 EVENTS = "StochasticResetCallback.events"  # among the `stateful_callbacks` of a `trainer_state.json`; no class's name
+
+
+Entry: TypeAlias = Mapping[str, Any]
+"""One record of a Trainer's log history."""
+
+Event: TypeAlias = dict[str, Any]
+"""One record that can be written to: of the audit trail, or of a log."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Excursion:
 
 
 def excursions_of(
-    log_history: Sequence[Mapping[str, Any]],
+    log_history: Sequence[Entry],
     *,
     metric: str = "eval_loss",
     greater_is_better: bool = False,
@@ -84,7 +91,7 @@ def excursions_of(
     return found + ([Excursion(start, tuple(ages), False)] if ages else [])
 
 
-def metric_of(log_history: Sequence[Mapping[str, Any]]) -> str:
+def metric_of(log_history: Sequence[Entry]) -> str:
     """The evaluation result that chose the run's anchors, by their values; "eval_loss" where there are none."""
     anchors = {record.get("step"): record.get("metric") for record in log_history if record.get("kind") == "anchor"}
     evaluations = [record for record in log_history if record.get("step") in anchors]
@@ -96,14 +103,14 @@ def metric_of(log_history: Sequence[Mapping[str, Any]]) -> str:
     return "eval_loss"
 
 
-def evaluation_interval(log_history: Sequence[Mapping[str, Any]], metric: str = "eval_loss") -> int:
+def evaluation_interval(log_history: Sequence[Entry], metric: str = "eval_loss") -> int:
     """The usual number of steps between two evaluations in a log history: their median, at least 1."""
     steps = sorted({int(record["step"]) for record in log_history if metric in record and "step" in record})
     gaps = np.diff([0, *steps]) if len(steps) < 2 else np.diff(steps)
     return max(1, int(np.median(gaps))) if len(gaps) else 1
 
 
-def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
+def read_log(output_dir: str | Path) -> list[Event]:
     """The log history of a run and its resets: of `trainer_state.json` in the directory, or of its newest checkpoint.
 
     Raises:
@@ -128,12 +135,12 @@ def read_log(output_dir: str | Path) -> list[dict[str, Any]]:
     return with_events(history, recorded_events(content.get("stateful_callbacks")))
 
 
-def recorded_events(stateful_callbacks: Any) -> list[dict[str, Any]]:
+def recorded_events(stateful_callbacks: Any) -> list[Event]:
     """The audit trail among what Trainer saved of its callbacks."""
     return list((stateful_callbacks or {}).get(EVENTS, []))
 
 
-def with_events(log_history: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_events(log_history: Sequence[Event], events: Sequence[Event]) -> list[Event]:
     """Trainer's records and this package's events in the order in which they came about.
 
     An anchor moves after the evaluation at its step was logged; a reset ends the step with its index, which comes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_reset.files import write_atomic
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import Results
-from hf_reset.report.tables import RESETS, Column, markdown_report, print_summary
+from hf_reset.report.tables import RESETS, Column, Record, markdown_report, print_summary
 
 COLUMNS = (
     Column("test_accuracy_last", "clean test accuracy, last"),
@@ -61,12 +61,12 @@ def write_report(results: Results) -> Path:
     return path
 
 
-def noise_is_added(asked: Mapping[str, Any]) -> bool:
+def noise_is_added(asked: Record) -> bool:
     """Whether labels were made wrong on purpose, by the recipe's configuration."""
     return asked["noise_rate"] > 0 or asked["noise_kind"] == "matrix"
 
 
-def title_of(asked: Mapping[str, Any]) -> str:
+def title_of(asked: Record) -> str:
     """Data and noise, in a line."""
     data = asked["dataset_name"] or Path(asked["train_file"] or "Standard-library docstrings").name
     noise = "labels as given"
@@ -97,7 +97,7 @@ def chosen_by(label: str, validation_label: str | None, *, clean_known: bool) ->
     return f"validation labels {kind} (column {label!r}). No clean label chose anything."
 
 
-def reading(records: Sequence[Mapping[str, Any]]) -> str:
+def reading(records: Sequence[Record]) -> str:
     """Which regime the study was in: noise that resets hold off, or noise that validation shares.
 
     A model that errs on nothing agrees with noisy validation labels as often as these are right. One that agrees
@@ -125,7 +125,7 @@ def reading(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(lines) or "No reset arm was run."
 
 
-def _learnt_the_noise(record: Mapping[str, Any]) -> bool:
+def _learnt_the_noise(record: Record) -> bool:
     right, agreement = record.get("validation_labels_right"), record.get("validation_accuracy_best")
     return right is not None and right < 1 and agreement is not None and agreement > right + _MARGIN
 

@@ -11,14 +11,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hf_reset.errors import DataError
-from hf_reset.report.tables import markdown_table, mean_and_sd
-
-Record = Mapping[str, Any]
+from hf_reset.report.tables import Record, markdown_table, mean_and_sd
 
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
 _TIE = 0.005  # of accuracy: differences below half a point count as none

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hf_reset.files import write_atomic
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import Results
-from hf_reset.report.tables import RESETS, Column, arms_of, markdown_report, markdown_table, print_summary
+from hf_reset.report.tables import RESETS, Column, Record, arms_of, markdown_report, markdown_table, print_summary
 
 COLUMNS = (
     Column("test_loss_last", "clean test loss, last"),
@@ -58,7 +57,7 @@ def write_report(results: Results) -> Path:
     return path
 
 
-def title_of(asked: Mapping[str, Any]) -> str:
+def title_of(asked: Record) -> str:
     """Data and noise, in a line."""
     data = asked["dataset_name"] or asked["train_file"] or "standard-library docstrings"
     rate = asked["noise_rate"]
@@ -66,7 +65,7 @@ def title_of(asked: Mapping[str, Any]) -> str:
     return f"Instruction tuning, {data}, {noise}"
 
 
-def reading(records: Sequence[Mapping[str, Any]]) -> str:
+def reading(records: Sequence[Record]) -> str:
     """What the numbers say about the regime, in plain words."""
     without = [record for record in records if not record["can_reset"]]
     resets = [record["resets"] for record in records if record["can_reset"]]
@@ -81,7 +80,7 @@ def reading(records: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(lines) or "Validation turned while training went on: the regime in which resets can help."
 
 
-def samples_table(records: Sequence[Mapping[str, Any]]) -> str:
+def samples_table(records: Sequence[Record]) -> str:
     """Prompts and clean responses, with what each arm generates, from the first seed."""
     first = [record for record in records if record["seed"] == records[0]["seed"] and record.get("samples")]
     if not first:
@@ -94,7 +93,7 @@ def samples_table(records: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(["prompt", "clean response", *arms], rows)
 
 
-def _panels(asked: Mapping[str, Any]) -> list[Panel]:
+def _panels(asked: Record) -> list[Panel]:
     noisy = "noisy" if asked["noise_rate"] else "responses as given"
     memory = "loss on clean - loss on given, nats a token"
     title = "Loss on clean held-out responses\n(a diagnostic, chose nothing)"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import DataError
-from hf_reset.report.tables import arms_of
+from hf_reset.report.tables import Record, arms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ class Panel:
 
 
 def plot_runs(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     panels: Sequence[Panel],
     path: str | Path,
     *,
@@ -97,7 +97,7 @@ def plot_runs(
 
 
 def curves_figure(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     panels: Sequence[tuple[str, str, Mapping[str, str | tuple[str, str]]]],
     path: str | Path,
 ) -> Path:
@@ -135,7 +135,7 @@ def curves_figure(
     return path
 
 
-def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Any]) -> None:
+def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Record], styles: Record) -> None:
     for arm, (colour, dash) in styles.items():
         of_arm = [record for record in records if record["arm"] == arm]
         curves = [curve for record in of_arm if (curve := _curve(record, panel.series))]
@@ -168,7 +168,7 @@ def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Mapping[str, Any]], 
     axis.grid(alpha=0.25, linewidth=0.6)
 
 
-def _draw_rug(axis: Axes, records: Sequence[Mapping[str, Any]], styles: Mapping[str, Any]) -> None:
+def _draw_rug(axis: Axes, records: Sequence[Record], styles: Record) -> None:
     rows = [record for record in records if record.get("reset_steps")]
     if not rows:
         return
@@ -191,7 +191,7 @@ def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return list(entries.values()), list(entries)
 
 
-def _curve(record: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
+def _curve(record: Record, name: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in record.get("history", {}).get(name, []) if value is not None]
 
 
@@ -202,7 +202,7 @@ def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[f
     return [(step, sum(table[step] for table in tables) / len(tables)) for step in shared]
 
 
-def arm_styles(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def arm_styles(records: Sequence[Record]) -> dict[str, Any]:
     """Colour and dash of each arm: warm ones without resets, cold ones with; past three of a kind they come again."""
     resets = {record["arm"]: bool(record.get("can_reset")) for record in records}
     of_kind = {True: cycle(_WITH_RESETS), False: cycle(_WITHOUT_RESETS)}

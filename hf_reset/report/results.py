@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.files import write_atomic
+from hf_reset.report.tables import Record
 
 RESULTS_NAME = "results.json"
 _RENAMED = {"label_memory": "label_memory_last"}
@@ -61,8 +62,8 @@ class Results:
         output_dir: str | Path,
         *,
         recipe: str,
-        configuration: Mapping[str, Any],
-        environment: Mapping[str, Any],
+        configuration: Record,
+        environment: Record,
         resume: bool = False,
         free: Sequence[str] = ("seeds", "compare", "output_dir", "resume_from_checkpoint"),
         write: bool = True,
@@ -84,7 +85,7 @@ class Results:
         """Whether the record of this arm and seed is there."""
         return any(record["arm"] == arm and record["seed"] == seed for record in self.records)
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: Record) -> None:
         """Put in the record of one arm and seed, replacing an earlier one of the same, and write the file."""
         new = plain(record)
         key = (new["arm"], new["seed"])
@@ -129,7 +130,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _of_today(record: Mapping[str, Any]) -> dict[str, Any]:
+def _of_today(record: Record) -> dict[str, Any]:
     """A record of 0.1 did not say whether it could reset (two arms said so by name), and had another memory key."""
     renamed = {_RENAMED.get(key, key): value for key, value in record.items()}
     if "can_reset" not in renamed:
@@ -165,7 +166,7 @@ def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
         )
 
 
-def series(log_history: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+def series(log_history: Sequence[Record], key: str) -> list[list[float]]:
     """One curve of a run: `[[step, value], …]` for every entry of the log history that has `key`."""
     return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
 
@@ -179,9 +180,7 @@ def _readable(content: Any) -> str:
     return text
 
 
-def _refuse_other_configuration(
-    path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]
-) -> None:
+def _refuse_other_configuration(path: Path, earlier: Record, now: Record, free: Sequence[str]) -> None:
     differing = sorted(
         key for key in earlier.keys() | now.keys() if key not in free and earlier.get(key) != now.get(key)
     )

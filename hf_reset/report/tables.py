@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+Record: TypeAlias = Mapping[str, Any]
+"""What one run gave, or was asked: names to JSON-plain values."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ COST_COLUMNS = (
 )
 
 
-def arms_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def arms_of(records: Sequence[Record]) -> list[str]:
     """The arms in the order in which they first appear."""
     return list(dict.fromkeys(record["arm"] for record in records))
 
@@ -50,7 +53,7 @@ def mean_and_sd(values: Sequence[float | None]) -> tuple[float, float | None] | 
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def summary_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+def summary_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """A Markdown table with one row an arm: mean ± sample standard deviation over its seeds.
 
     Args:
@@ -69,7 +72,7 @@ def summary_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column
     return markdown_table(["arm", "seeds", *(column.heading for column in columns)], rows)
 
 
-def records_table(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+def records_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
     """A Markdown table with one row a record."""
     rows = [
         [
@@ -88,7 +91,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def print_summary(records: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> None:
+def print_summary(records: Sequence[Record], columns: Sequence[Column]) -> None:
     """The summary table with what a run cost, on the screen."""
     from rich.console import Console
     from rich.markdown import Markdown
@@ -100,7 +103,7 @@ def print_summary(records: Sequence[Mapping[str, Any]], columns: Sequence[Column
 
 
 def markdown_report(
-    results: Mapping[str, Any],
+    results: Record,
     columns: Sequence[Column],
     *,
     title: str,
@@ -149,12 +152,12 @@ def _spread(values: Sequence[float | None], column: Column) -> str:
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(nested: Record) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         flat.update(value if isinstance(value, Mapping) else {key: value})
     return flat
 
 
-def _bullets(entries: Mapping[str, Any]) -> str:
+def _bullets(entries: Record) -> str:
     return "\n".join(f"- {key}: `{value}`" for key, value in entries.items())

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class _Passthrough(nn.Module):
     """In place of the embeddings: what comes in has been through the lower layers already."""
 
-    def forward(self, input_ids: Any = None, inputs_embeds: Tensor | None = None, **rest: Any) -> Tensor:
+    def forward(self, input_ids: Any = None, inputs_embeds: Tensor | None = None, **rest: object) -> Tensor:
         assert inputs_embeds is not None
         return inputs_embeds
 

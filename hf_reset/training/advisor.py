@@ -13,7 +13,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_reset.planner import advice
-from hf_reset.planner.excursions import evaluation_interval, recorded_events, with_events
+from hf_reset.planner.excursions import Event, evaluation_interval, recorded_events, with_events
 from hf_reset.policy import ResetConfig, ResetState, probability_now
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.metric import MetricWatch
@@ -78,7 +78,7 @@ def _signatures(
     }
 
 
-def _mean_excursion(config: ResetConfig, now: ResetState, events: Sequence[dict[str, Any]]) -> float:
+def _mean_excursion(config: ResetConfig, now: ResetState, events: Sequence[Event]) -> float:
     """Steps between two resets: as observed over the last eight or more, else as configured."""
     steps = [event["step"] for event in events if event["kind"] == "reset"]
     if len(steps) > 8:
@@ -88,7 +88,7 @@ def _mean_excursion(config: ResetConfig, now: ResetState, events: Sequence[dict[
 
 
 def _blind(
-    history: Sequence[dict[str, Any]], key: str, sign: int, noisy: list[float], memory: float | None, now: ResetState
+    history: Sequence[Event], key: str, sign: int, noisy: list[float], memory: float | None, now: ResetState
 ) -> str | None:
     name = key.removeprefix("eval_").split("_", 1)[-1]
     trusted = [sign * record[f"eval_trusted_{name}"] for record in history if f"eval_trusted_{name}" in record]
@@ -99,7 +99,7 @@ def _blind(
     return advice.blind_validation(noisy, trusted, trusted_error=error)
 
 
-def _late(history: Sequence[dict[str, Any]], key: str, now: ResetState, chance: float | None) -> str | None:
+def _late(history: Sequence[Event], key: str, now: ResetState, chance: float | None) -> str | None:
     assert now.anchor_step is not None
     is_loss = key.endswith("loss")
     return advice.late_anchor(
@@ -118,7 +118,7 @@ def _near_chance(now: ResetState, waited: int, model: Any, greater: bool) -> str
     return advice.near_chance(now.anchor_metric, chance, waited, is_loss=not greater)
 
 
-def _within_noise(events: Sequence[dict[str, Any]], now: ResetState, loader: Any, key: str, sign: int) -> str | None:
+def _within_noise(events: Sequence[Event], now: ResetState, loader: Any, key: str, sign: int) -> str | None:
     """For accuracies, and where evaluations leave their rows behind."""
     rows = getattr(loader, "dataset", None)
     if not isinstance(rows, Sized) or now.armed_step is None:
@@ -139,11 +139,11 @@ def _chance(model: Any, *, is_loss: bool) -> float | None:
     return None if labels < 2 else math.log(labels) if is_loss else 1 / labels
 
 
-def _latest(history: Sequence[dict[str, Any]], name: str) -> float | None:
+def _latest(history: Sequence[Event], name: str) -> float | None:
     return next((record[name] for record in reversed(history) if name in record), None)
 
 
-def _nearest(history: Sequence[dict[str, Any]], name: str, step: int) -> float | None:
+def _nearest(history: Sequence[Event], name: str, step: int) -> float | None:
     """The value logged nearest to a step."""
     found = [(abs(record["step"] - step), record[name]) for record in history if name in record and "step" in record]
     return min(found, key=lambda pair: pair[0])[1] if found else None

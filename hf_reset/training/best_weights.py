@@ -82,7 +82,7 @@ class BestWeightsCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Copy the weights if they are a new best."""
         if self._watch is None or self.store is None or metrics is None:
@@ -97,7 +97,7 @@ class BestWeightsCallback(TrainerCallback):
             self.store.save(self._file, {"best": self.best, "step": self.step})
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Evaluations after training are not taken in."""
         self._watch = None

@@ -16,6 +16,7 @@ from hf_reset.anchor.shards import refuse_lost_state
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.config import ResetConfig, configured
 from hf_reset.errors import ConfigError, NoEffectWarning, UnsupportedError
+from hf_reset.planner.excursions import Event
 from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, probability_now
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import Margins, RowSource
@@ -85,7 +86,7 @@ class StochasticResetCallback(TrainerCallback):
         self.config = configured(config, fields)
         self.rows = rows
         self.resume_from_checkpoint = resume_from_checkpoint
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Event] = []
         self.store: AnchorStore | None = None
         self.average: Average | None = None  # in training, under `ema_decay`
         self.can_average = False  # whether the Trainer swaps it in where it evaluates and saves: ResetTrainer does
@@ -125,7 +126,7 @@ class StochasticResetCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """Take one evaluation in; the weights just evaluated become the anchor if they are a new best."""
         run = self._run
@@ -159,7 +160,7 @@ class StochasticResetCallback(TrainerCallback):
         self._record_plan(state)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Say it if the evaluations before this step all lacked the metric."""
         if self._run is not None:
@@ -167,7 +168,7 @@ class StochasticResetCallback(TrainerCallback):
             self._run.begin_step()
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Put the anchor back, if this is a step that ends in a reset, and take the weights into the average."""
         if self.resets_at(state.global_step):
@@ -183,7 +184,7 @@ class StochasticResetCallback(TrainerCallback):
         elif self.average is not None:
             self.average.update()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
         if args.save_only_model or self._run is None or self._run.saved_step == state.global_step:
             return
@@ -192,7 +193,7 @@ class StochasticResetCallback(TrainerCallback):
             self.save_anchor(directory, args, state)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint."""
         run = self._run

@@ -14,7 +14,7 @@ from hf_reset.anchor.file import read_metadata, write_copy
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorFileError
-from hf_reset.planner.excursions import EVENTS, recorded_events
+from hf_reset.planner.excursions import EVENTS, Event, recorded_events
 from hf_reset.policy import ResetConfig, ResetState
 from hf_reset.training.checkpoints import ANCHOR, AVERAGE, anchor_file, refuse_other_world_size
 from hf_reset.training.ema import Average
@@ -43,7 +43,7 @@ class Progress:
     """
 
     state: ResetState
-    events: list[dict[str, Any]]
+    events: list[Event]
     config: ResetConfig
     watch: MetricWatch
     seed: int
@@ -62,7 +62,7 @@ class Progress:
         }
 
 
-def record_event(state: TrainerState, event: dict[str, Any]) -> None:
+def record_event(state: TrainerState, event: Event) -> None:
     """Put an event where Trainer saves it: in `trainer_state.json`, and not among its own logs.
 
     Other code takes records of `log_history` by their position. An `ExportableState` would do, but for a callback's
@@ -230,7 +230,7 @@ def _refuse_no_file(file: Path) -> None:
         )
 
 
-def _trail_digest(events: list[dict[str, Any]]) -> str:
+def _trail_digest(events: list[Event]) -> str:
     """A fingerprint of a run's audit trail, equal on all ranks (distances of shards are not)."""
     trail = json.dumps([[event["kind"], event["step"], event["metric"]] for event in events])
     return hashlib.blake2b(trail.encode(), digest_size=16).hexdigest()
