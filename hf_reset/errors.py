@@ -1,6 +1,6 @@
 """The errors of this package. Each message names the argument, the value it had, and the remedy.
 
-All derive from ``ResetError``, a ``ValueError``, so that one ``except`` catches what this package refuses.
+All derive from `ResetError`, a `ValueError`, so that one `except` catches what this package refuses.
 """
 
 from __future__ import annotations

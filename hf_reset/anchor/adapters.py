@@ -22,19 +22,19 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def save_adapter_anchor(
     store: AnchorStore, model: nn.Module, folder: str | os.PathLike[str], *, adapter: str | None = None
 ) -> Path:
-    """Write the model as a reset would leave it: what ``PeftModel.from_pretrained(base, folder)`` reads.
+    """Write the model as a reset would leave it: what `PeftModel.from_pretrained(base, folder)` reads.
 
-    What is trained outside the anchor's scope (``modules_to_save`` under the scope "adapters") goes in with its live
+    What is trained outside the anchor's scope (`modules_to_save` under the scope "adapters") goes in with its live
     value. Each file is written under another name and renamed. Call it on one process.
 
     Args:
-        store: the anchor; its scope selects parameters of ``model``.
+        store: the anchor; its scope selects parameters of `model`.
         model: the PEFT model in training, wrapped or not.
         folder: the directory, made if need be. Adapter weights that lie there are replaced.
         adapter: which adapter; None: the active one.
 
     Returns:
-        The directory, with ``adapter_model.safetensors`` and ``adapter_config.json``.
+        The directory, with `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
         AnchorError: there is no anchor yet.
@@ -61,7 +61,7 @@ def save_adapter_anchor(
 def load_adapter_anchor(
     store: AnchorStore, model: nn.Module, folder: str | os.PathLike[str], *, adapter: str | None = None
 ) -> None:
-    """Make the weights of an adapter directory the anchor; live parameters change at the next ``restore`` only.
+    """Make the weights of an adapter directory the anchor; live parameters change at the next `restore` only.
 
     The directory says nothing of the optimizer: the anchor keeps the optimizer state it had, or takes the live one
     where there was no anchor.
@@ -69,8 +69,8 @@ def load_adapter_anchor(
     Args:
         store: the anchor to fill.
         model: the PEFT model in training, of the same architecture and adapter configuration.
-        folder: an adapter directory, by ``save_adapter_anchor`` or by PEFT.
-        adapter: which adapter of ``model``; None: the active one.
+        folder: an adapter directory, by `save_adapter_anchor` or by PEFT.
+        adapter: which adapter of `model`; None: the active one.
 
     Raises:
         AnchorFileError: the directory is missing or cannot be read, or its weights are not those of this adapter.
@@ -124,7 +124,7 @@ def _refuse_sharded(store: AnchorStore) -> None:
 
 
 def _move_in(source: Path, folder: Path) -> None:
-    """Rename the files of ``source`` over those of ``folder``; weights never lie beside another's configuration."""
+    """Rename the files of `source` over those of `folder`; weights never lie beside another's configuration."""
     old = folder / CONFIG
     if old.is_file() and old.read_bytes() != (source / CONFIG).read_bytes():
         (folder / WEIGHTS).unlink(missing_ok=True)

@@ -1,11 +1,11 @@
 """Text that every machine has: the documentation strings inside Python's own standard library.
 
 Three views of it let everything in this package run with neither a model hub nor a data hub:
-``docstring_topics`` (text classification), ``docstring_summaries`` (instruction tuning) and
-``docstring_text`` (plain text for language modelling). Files are parsed with ``ast``, never imported or run.
+`docstring_topics` (text classification), `docstring_summaries` (instruction tuning) and
+`docstring_text` (plain text for language modelling). Files are parsed with `ast`, never imported or run.
 
 The views share one assignment of files to splits: what is held out in one is held out in all. Packages that
-distributions leave out or ship apart (``test``, ``idlelib``, ``tkinter``, …) are not read, so that one Python
+distributions leave out or ship apart (`test`, `idlelib`, `tkinter`, …) are not read, so that one Python
 version gives one corpus wherever it was installed.
 """
 
@@ -89,7 +89,7 @@ def docstring_topics(
 ) -> DatasetDict:
     """Text classification: which area of the standard library does a docstring document?
 
-    Eight classes (``AREAS``), about 5 000 rows, the same on every call with one Python version and seed.
+    Eight classes (`AREAS`), about 5 000 rows, the same on every call with one Python version and seed.
     Copies and near-copies (word sets with Jaccard similarity of at least 0.8) are kept once. Each file lies
     wholly in one split.
 
@@ -100,8 +100,8 @@ def docstring_topics(
         min_words: Shorter docstrings are left out.
 
     Returns:
-        Splits "train", "validation" and "test" with columns ``text`` (str, white space collapsed),
-        ``label`` (``ClassLabel`` of eight areas) and ``file`` (relative to the standard library).
+        Splits "train", "validation" and "test" with columns `text` (str, white space collapsed),
+        `label` (`ClassLabel` of eight areas) and `file` (relative to the standard library).
 
     Raises:
         ConfigError: The two fractions are negative or leave nothing for training.
@@ -131,8 +131,8 @@ def docstring_summaries(
     """Instruction tuning: a function in, the summary line of its documentation out.
 
     Args:
-        seed: As in ``docstring_topics``, with the same files in each split for the same fractions.
-        form: What the prompt shows. "signature" (default): ``module.Class.function(arguments)``, a dozen or two
+        seed: As in `docstring_topics`, with the same files in each split for the same fractions.
+        form: What the prompt shows. "signature" (default): `module.Class.function(arguments)`, a dozen or two
             of tokens, about as much as the small default model can use on a CPU. "source": the definition as
             Python, without its docstring, under a comment that names module and class; for models that read code.
         validation_fraction: Share of the docstrings that goes to "validation".
@@ -140,14 +140,14 @@ def docstring_summaries(
         min_words: Functions with a shorter summary are left out.
         max_words: Those with a longer one too: it is no summary. (A summary is the first paragraph, since many
             wrap.)
-        max_body_lines: With ``form="source"``, statements are cut after this many lines.
+        max_body_lines: With `form="source"`, statements are cut after this many lines.
 
     Returns:
-        Splits "train", "validation" and "test" with columns ``prompt``, ``completion`` and ``file``.
+        Splits "train", "validation" and "test" with columns `prompt`, `completion` and `file`.
         No completion occurs twice, nor nearly: swapping two of them always gives a wrong one.
 
     Raises:
-        ConfigError: ``form`` is unknown, or the fractions leave nothing for training.
+        ConfigError: `form` is unknown, or the fractions leave nothing for training.
         DataError: There are no Python sources where the standard library should be.
     """
     from datasets import Features, Value
@@ -165,19 +165,19 @@ def docstring_summaries(
 def docstring_text(
     seed: int = 0, *, validation_fraction: float = 0.15, test_fraction: float = 0.15, min_words: int = 4
 ) -> DatasetDict:
-    """Plain text for language modelling that gives away no answer of ``docstring_summaries``.
+    """Plain text for language modelling that gives away no answer of `docstring_summaries`.
 
     Modules' and classes' docstrings whole, functions' docstrings after their first paragraph, which is what
     the summaries ask for: a model trained on this has seen the language of the answers, but none of them.
 
     Args:
-        seed: As in ``docstring_topics``, with the same files in each split for the same fractions.
+        seed: As in `docstring_topics`, with the same files in each split for the same fractions.
         validation_fraction: Share of the docstrings that goes to "validation".
         test_fraction: Share that goes to "test".
         min_words: Shorter texts are left out.
 
     Returns:
-        Splits "train", "validation" and "test" with columns ``text`` (str, line breaks kept) and ``file``.
+        Splits "train", "validation" and "test" with columns `text` (str, line breaks kept) and `file`.
 
     Raises:
         ConfigError: The fractions leave nothing for training.
@@ -210,7 +210,7 @@ def _documents() -> tuple[_Docstring, ...]:
 
 
 def _sources(root: Path) -> list[Path]:
-    """Python files relative to ``root``, sorted by their names with "/"."""
+    """Python files relative to `root`, sorted by their names with "/"."""
     paths = []
     for folder, subfolders, files in os.walk(root):
         # What is no module name, as config-3.11-x86_64, holds no modules.
@@ -288,7 +288,7 @@ def _similar(a: frozenset[str], b: frozenset[str]) -> bool:
 
 
 def _hash(*parts: object) -> str:
-    """A key to shuffle by: the same in every process, unlike ``hash``."""
+    """A key to shuffle by: the same in every process, unlike `hash`."""
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=16).hexdigest()
 
 

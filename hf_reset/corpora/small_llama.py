@@ -31,13 +31,13 @@ def small_llama(
     use_cpu: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Train a Llama and its tokenizer on ``texts``, unless ``folder`` holds them already.
+    """Train a Llama and its tokenizer on `texts`, unless `folder` holds them already.
 
     AdamW, 16 rows of 128 tokens a step, cosine schedule after 5 % warm-up. Under several processes all train, one
     writes; the folder appears whole or not at all.
 
     Args:
-        folder: where model and tokenizer go, as ``from_pretrained`` reads them.
+        folder: where model and tokenizer go, as `from_pretrained` reads them.
         texts: plain text.
         hidden_size: width, a multiple of 32.
         num_hidden_layers: layers.

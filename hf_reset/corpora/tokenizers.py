@@ -23,17 +23,17 @@ def train_tokenizer(
     Args:
         texts: The corpus. Train on the training split only.
         vocab_size: Number of tokens, special ones included; fewer come out where the corpus is small.
-        kind: "wordpiece": BERT's: lower case, ``[CLS] text [SEP]``, and ``[PAD] [UNK] [MASK]``. "bpe":
-            byte-level, for Llama: lossless, ``<|pad|>`` and ``<|end|>`` (end of text), and a chat template in
-            which each turn is ``<|role|>`` and its content, and an answer ends with ``<|end|>``.
-        model_max_length: Length to which ``truncation=True`` cuts.
+        kind: "wordpiece": BERT's: lower case, `[CLS] text [SEP]`, and `[PAD] [UNK] [MASK]`. "bpe":
+            byte-level, for Llama: lossless, `<|pad|>` and `<|end|>` (end of text), and a chat template in
+            which each turn is `<|role|>` and its content, and an answer ends with `<|end|>`.
+        model_max_length: Length to which `truncation=True` cuts.
 
     Returns:
-        A fast tokenizer that ``save_pretrained`` and ``AutoTokenizer.from_pretrained`` carry over.
+        A fast tokenizer that `save_pretrained` and `AutoTokenizer.from_pretrained` carry over.
 
     Raises:
-        ConfigError: ``kind`` is unknown, or ``vocab_size`` too small to hold the alphabet.
-        DataError: ``texts`` is empty.
+        ConfigError: `kind` is unknown, or `vocab_size` too small to hold the alphabet.
+        DataError: `texts` is empty.
     """
     texts = list(texts)
     if not any(texts):

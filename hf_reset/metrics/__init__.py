@@ -1,9 +1,9 @@
-"""Measures of a classifier under label noise: as functions of arrays, and as ``evaluate.Metric`` modules.
+"""Measures of a classifier under label noise: as functions of arrays, and as `evaluate.Metric` modules.
 
 `functions` (accuracy, macro-F1, label memory), `calibrated` (the validation loss that noise cannot fool) and
-`evaluation` (the `compute_metrics` that adds it), `modules` (the functions for ``evaluate``).
+`evaluation` (the `compute_metrics` that adds it), `modules` (the functions for `evaluate`).
 
-The functions need numpy only; ``evaluate`` is imported when one of the modules is first asked for.
+The functions need numpy only; `evaluate` is imported when one of the modules is first asked for.
 """
 
 from __future__ import annotations

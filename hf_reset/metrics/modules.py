@@ -1,6 +1,6 @@
-"""The functions of ``hf_reset.metrics.functions`` as ``evaluate.Metric`` modules.
+"""The functions of `hf_reset.metrics.functions` as `evaluate.Metric` modules.
 
-They need no network: ``evaluate.load("accuracy")`` fetches a script from the hub, ``Accuracy()`` is the script.
+They need no network: `evaluate.load("accuracy")` fetches a script from the hub, `Accuracy()` is the script.
 Nor, unlike modules in general, any file: predictions are kept in memory, so that processes cannot meet in
 the cache directory, and a home directory that is read-only does not matter.
 """
@@ -41,7 +41,7 @@ def _describe(description: str, inputs: str, *columns: str) -> evaluate.MetricIn
 
 
 class Accuracy(_InMemory):
-    """``accuracy``: the share of predictions equal to the reference.
+    """`accuracy`: the share of predictions equal to the reference.
 
     Example:
         >>> Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])
@@ -58,7 +58,7 @@ class Accuracy(_InMemory):
 
 
 class MacroF1(_InMemory):
-    """``macro_f1``: the mean of the classes' F1.
+    """`macro_f1`: the mean of the classes' F1.
 
     Example:
         >>> MacroF1().compute(predictions=[0, 1, 1], references=[0, 1, 0])
@@ -75,7 +75,7 @@ class MacroF1(_InMemory):
 
 
 class LabelMemory(_InMemory):
-    """``memory/wrong``, ``memory/clean``, ``memory/other``: what is predicted for the mislabelled rows.
+    """`memory/wrong`, `memory/clean`, `memory/other`: what is predicted for the mislabelled rows.
 
     Example:
         >>> LabelMemory().compute(predictions=[0, 1, 1], references=[0, 1, 2], clean_labels=[0, 0, 1])

@@ -39,31 +39,31 @@ def corrupt_responses(
     seed: int,
     column: str | None = None,
 ) -> Dataset:
-    """Make exactly ``round(rate * len(dataset))`` of the responses wrong.
+    """Make exactly `round(rate * len(dataset))` of the responses wrong.
 
     Which rows, and how, depends on the seed and the rows' positions alone.
 
     Args:
-        dataset: in one of the usual formats: ``messages`` (the response is the last message, by the
-            assistant), ``prompt`` and ``completion`` (text or messages), ``instruction`` (and ``input``) with
-            ``output`` or ``response``, or ``question`` and ``answer``. Every row needs a response.
+        dataset: in one of the usual formats: `messages` (the response is the last message, by the
+            assistant), `prompt` and `completion` (text or messages), `instruction` (and `input`) with
+            `output` or `response`, or `question` and `answer`. Every row needs a response.
         rate: share of the rows, in [0, 1].
         kind: "swap" gives the chosen rows each other's responses, none its own nor one that reads the same;
             "shuffle_sentences" puts a response's sentences (lines too) in another order; "truncate" keeps
             between one word and half of them; "wrong_answer" changes the number of a gsm8k-like final answer
-            ``#### 42``, there and as the result of the step before it; "mix" splits the chosen rows evenly
+            `#### 42`, there and as the result of the step before it; "mix" splits the chosen rows evenly
             among those of the four that the data allows (what cannot be split is swapped).
         seed: of this noise; the global generators are not touched.
         column: where the response is, a column of text or of messages; None finds it by format.
 
     Returns:
         The data set with wrong responses in place, in the same order and with the same columns, and with
-        ``clean_response`` (the text of the response before) and ``is_corrupted`` (whether it was changed).
+        `clean_response` (the text of the response before) and `is_corrupted` (whether it was changed).
 
     Raises:
-        ConfigError: ``rate`` or ``kind`` is not one that exists.
+        ConfigError: `rate` or `kind` is not one that exists.
         DataError: no response column, or not the one named; a row without a response; a column that would be
-            overwritten; fewer rows that ``kind`` can make wrong than ``rate`` asks for.
+            overwritten; fewer rows that `kind` can make wrong than `rate` asks for.
 
     Example:
         >>> from datasets import Dataset
@@ -103,10 +103,10 @@ def _check_arguments(dataset: Dataset, rate: float, kind: str) -> None:
 
 
 def response_column(dataset: Dataset, column: str | None = None) -> str:
-    """The column that holds the responses: ``column`` where it exists, else found by the formats above.
+    """The column that holds the responses: `column` where it exists, else found by the formats above.
 
     Raises:
-        DataError: ``column`` is not in the data set, or no known format fits (its columns are listed).
+        DataError: `column` is not in the data set, or no known format fits (its columns are listed).
     """
     present = dataset.column_names
     if column is not None:
@@ -126,7 +126,7 @@ def response_texts(dataset: Dataset, column: str | None = None) -> list[str]:
     """The text of each response, "" where there is none.
 
     Raises:
-        DataError: as ``response_column``; or the column holds neither text nor messages, or messages that do
+        DataError: as `response_column`; or the column holds neither text nor messages, or messages that do
             not end with the assistant's.
     """
     column = response_column(dataset, column)
@@ -137,7 +137,7 @@ def replace_responses(dataset: Dataset, texts: Sequence[str], column: str | None
     """The data set with other response texts, the same in every other way (columns, their order and types).
 
     Args:
-        dataset: see ``corrupt_responses``.
+        dataset: see `corrupt_responses`.
         texts: one a row.
         column: where the response is; None finds it by format.
     """
@@ -150,7 +150,7 @@ def replace_responses(dataset: Dataset, texts: Sequence[str], column: str | None
 
 
 def final_answer(text: str) -> str | None:
-    """The number of a gsm8k-like final answer ``#### 1,234``, without commas; None where there is none."""
+    """The number of a gsm8k-like final answer `#### 1,234`, without commas; None where there is none."""
     found = _FINAL_ANSWER.findall(text)
     return found[-1][1].replace(",", "") if found else None
 
@@ -182,7 +182,7 @@ _Wrong = dict[int, str]
 
 
 def _swap(texts: Sequence[str], count: int, seed: int, free: Sequence[int] | None = None) -> _Wrong:
-    """Random rows, ``count`` of them and from ``free`` alone, on a cycle that never meets the same text twice."""
+    """Random rows, `count` of them and from `free` alone, on a cycle that never meets the same text twice."""
     if count == 0:
         return {}
     rows = range(len(texts)) if free is None else free
@@ -214,7 +214,7 @@ def _swap(texts: Sequence[str], count: int, seed: int, free: Sequence[int] | Non
 def _one_by_one(
     change: Callable[[str, np.random.Generator], str | None], needs: str
 ) -> Callable[[Sequence[str], int, int], _Wrong]:
-    """A kind that changes each response by itself; ``change`` gives None where it cannot."""
+    """A kind that changes each response by itself; `change` gives None where it cannot."""
 
     def corrupt(texts: Sequence[str], count: int, seed: int) -> _Wrong:
         order = np.random.default_rng([seed, 0]).permutation(len(texts)).tolist()

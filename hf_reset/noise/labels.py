@@ -64,24 +64,24 @@ def corrupt_labels(
 
     Args:
         dataset: A `datasets.Dataset` with labels that are `ClassLabel`, integers or strings.
-        rate: τ in [0, 1]. With ``kind="matrix"`` the matrix fixes it; it may be left out, and must agree if given.
+        rate: τ in [0, 1]. With `kind="matrix"` the matrix fixes it; it may be left out, and must agree if given.
         kind: One of the four above.
         seed: Selects the noise; no global generator is used.
         column: Name of the label column. Its type is kept.
-        matrix: T, shape (C, C), for ``kind="matrix"``; classes in the order of ``ClassLabel.names``, or else of the
+        matrix: T, shape (C, C), for `kind="matrix"`; classes in the order of `ClassLabel.names`, or else of the
             sorted values.
-        text_column: For ``kind="instance"``: the column, or columns, of text. Default: the only one of text.
-        features: For ``kind="instance"``: shape (N, S), one row for each row of ``dataset``, instead of text.
+        text_column: For `kind="instance"`: the column, or columns, of text. Default: the only one of text.
+        features: For `kind="instance"`: shape (N, S), one row for each row of `dataset`, instead of text.
 
     Returns:
-        The data set with ``column`` noisy, and ``clean_label`` (of the same type) and ``is_mislabelled`` (bool)
+        The data set with `column` noisy, and `clean_label` (of the same type) and `is_mislabelled` (bool)
         added.
 
     Raises:
-        ConfigError: ``rate``, ``kind`` or ``matrix`` cannot be, or do not go together.
+        ConfigError: `rate`, `kind` or `matrix` cannot be, or do not go together.
         DataError: The data set or its label column cannot be used: empty, absent (those present are listed), other
             than integers or strings, null, one class only; or the columns to be added are there already.
-        ImportError: ``kind="instance"`` on text without scikit-learn (extra ``recipes``).
+        ImportError: `kind="instance"` on text without scikit-learn (extra `recipes`).
 
     Example:
         >>> from datasets import Dataset
@@ -232,7 +232,7 @@ def _by_matrix(labels: _Labels, rows: _Rows, matrix: NDArray[np.float64], rate: 
 
 
 def _largest_remainder(shares: NDArray[np.float64], total: int) -> NDArray[np.int64]:
-    """Whole numbers that sum to ``total`` and differ from ``shares * total`` by less than 1."""
+    """Whole numbers that sum to `total` and differ from `shares * total` by less than 1."""
     exact = shares * total
     counts = np.floor(exact + 1e-9).astype(np.int64)  # 0.29 * 100 is 28.999…
     missing = total - counts.sum()
@@ -258,7 +258,7 @@ def _by_instance(labels: _Labels, rows: _Rows, count: int, points: NDArray[np.fl
 
 
 def _flip_rates(uniform: NDArray[np.float64], mean: float) -> NDArray[np.float64]:
-    """Truncated normal on [0, 1] around ``mean``, by inverting its distribution function, shape (N,)."""
+    """Truncated normal on [0, 1] around `mean`, by inverting its distribution function, shape (N,)."""
     normal = NormalDist(mean, _RATE_SPREAD)
     low, high = normal.cdf(0), normal.cdf(1)
     inside = np.clip(low + uniform * (high - low), 1e-15, 1 - 1e-15)
@@ -266,7 +266,7 @@ def _flip_rates(uniform: NDArray[np.float64], mean: float) -> NDArray[np.float64
 
 
 def _sample_exactly(weights: NDArray[np.float64], count: int, rows: _Rows) -> NDArray[np.int64]:
-    """Choose ``count`` rows, row i with probability min(1, c weights[i]), c such that these sum to ``count``.
+    """Choose `count` rows, row i with probability min(1, c weights[i]), c such that these sum to `count`.
 
     Systematic sampling (Madow, Annals of Mathematical Statistics 20, 1949), in an order that is random but
     belongs to the rows.

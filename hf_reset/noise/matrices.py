@@ -1,6 +1,6 @@
 """Label-transition matrices T[i, j] = P(noisy label = j | clean label = i), and what noise they leave learnable.
 
-Classes are numbered in the order of the data set's ``ClassLabel`` names, or of the sorted label values.
+Classes are numbered in the order of the data set's `ClassLabel` names, or of the sorted label values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_reset.errors import ConfigError, DataError
 
 
 def check_rate(rate: float, name: str = "rate") -> float:
-    """Return ``rate`` as a float, or raise ConfigError where it is no share in [0, 1]."""
+    """Return `rate` as a float, or raise ConfigError where it is no share in [0, 1]."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not 0 <= rate <= 1:
         raise ConfigError(f"`{name}` must be in [0, 1], the share of rows that get a wrong label, got {rate!r}.")
     return float(rate)
@@ -129,7 +129,7 @@ def empirical_matrix(clean: ArrayLike, noisy: ArrayLike, num_classes: int | None
 
 
 class Learnability(NamedTuple):
-    """What ``learnability`` found."""
+    """What `learnability` found."""
 
     learnable: bool
     """Whether in every row the clean class is the strictly most probable noisy label."""
@@ -152,10 +152,10 @@ def learnability(matrix: ArrayLike) -> Learnability:
         matrix: T[i, j], shape (C, C).
 
     Returns:
-        A ``Learnability``.
+        A `Learnability`.
 
     Raises:
-        ConfigError: ``matrix`` is not a row-stochastic square matrix.
+        ConfigError: `matrix` is not a row-stochastic square matrix.
     """
     array = transition_matrix(matrix)
     others = array.copy()

@@ -22,7 +22,7 @@ class BestWeightsCallback(TrainerCallback):
     of the training.
 
     Args:
-        config: its ``metric``, ``greater_is_better`` and ``min_delta`` say what is best.
+        config: its `metric`, `greater_is_better` and `min_delta` say what is best.
         storage: where the copy lies, "cpu" or "device".
         path: a file to keep the copy in as well, written whole at each new best, so that a resumed run knows
             it; None: it is lost with the process. A sharded model gets one file a rank.

@@ -1,4 +1,4 @@
-"""Resetting in TRL's supervised fine-tuning: needs the extra ``trl``."""
+"""Resetting in TRL's supervised fine-tuning: needs the extra `trl`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_reset.training.trainer import ResetTrainerMixin
 
 @dataclass
 class ResetSFTConfig(ResetArguments, SFTConfig):
-    """``SFTConfig`` with the ``reset_*`` fields."""
+    """`SFTConfig` with the `reset_*` fields."""
 
 
 class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer):
-    """``SFTTrainer`` with stochastic resetting; takes what ``SFTTrainer`` takes. See ``ResetTrainerMixin``."""
+    """`SFTTrainer` with stochastic resetting; takes what `SFTTrainer` takes. See `ResetTrainerMixin`."""
