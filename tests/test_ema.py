@@ -15,7 +15,7 @@ from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, Unsupport
 from hf_reset.policy import uniform
 from hf_reset.training.ema import Average
 
-DECAY, SEED, R = 0.8, 7, 0.4
+DECAY, SEED, R = 0.8, 9, 0.4  # resets away from evaluations, where the average is not the anchor already
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 EMA = {"reset_ema_decay": DECAY, "reset_patience": 0, "reset_probability": 0.0}
 RESETS = {**EMA, "reset_probability": R, "reset_seed": SEED}
@@ -356,3 +356,37 @@ def test_a_trainer_used_twice_averages_anew(tmp_path):
     assert not equal(averages[1], first)
     assert equal(weights(trainer.model), averages[15])
     assert ResetTrainingArguments(output_dir=str(tmp_path), reset_ema_decay=0.5).reset_config().ema_decay == 0.5
+
+
+def test_sft_with_lora_saves_the_adapter_that_was_evaluated_and_resumes_with_one(tmp_path):
+    """TRL's own averaging callback doubles the adapter after a resume, and averages what is random before training."""
+    pytest.importorskip("trl", reason="trl is not installed")
+    from test_trainer import PAIRS, SFT, llama, tokenizer
+
+    from hf_reset.training.sft import ResetSFTConfig, ResetSFTTrainer
+
+    words = tokenizer()
+
+    def run(folder, resume=None):
+        recorder = Recorder()
+        trainer = ResetSFTTrainer(
+            model=llama(len(words)),
+            args=arguments(folder, ResetSFTConfig, **SFT, **EMA, **SAVING),
+            processing_class=words,
+            train_dataset=PAIRS,
+            eval_dataset=PAIRS.select(range(8)),
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1),
+            callbacks=[recorder],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, recorder
+
+    trainer, recorder = run(tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "checkpoint-6" / "adapter_model.safetensors")
+    for name, value in recorder.evaluated[6][1].items():
+        if "lora_" in name:
+            assert torch.equal(saved[name.replace(".default", "")], value)
+    again, resumed = run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-6"))
+    assert all(equal(resumed.after_step[step], recorder.after_step[step]) for step in resumed.after_step)
+    assert equal(weights(again.model), weights(trainer.model))
+    assert list(again.model.peft_config) == ["default"]

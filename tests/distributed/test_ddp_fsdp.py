@@ -25,7 +25,8 @@ def of_two(tmp_path_factory, of_four):
     names = [f"{mode}-{check}" for mode in MODES for check in OF_TWO]
     names += [f"{mode}-taken-up" for mode in RESHARDED]
     names += ["ddp-auto", "fsdp-unwatched", "fsdp1-flat", "fsdp1-lost-state", "fsdp1-other-world"]
-    return results(launch(HERE / "engines.py", folder, *names, OF_FOUR=str(of_four[0])), folder)
+    more = {"timeout": 480, "CHECK_SECONDS": "460"}  # minutes of work where other work shares the cores
+    return results(launch(HERE / "engines.py", folder, *names, OF_FOUR=str(of_four[0]), **more), folder)
 
 
 @pytest.fixture(scope="module")
