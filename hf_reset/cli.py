@@ -1,7 +1,7 @@
-"""The command line: what each scope would reset on a model, and how to reset next time after a run,
-and what a study found.
+"""The command line: what each scope would reset on a model, how to reset next time after a run, what a study found,
+and which labels of a file look wrong.
 
-`hf-reset scopes MODEL_DIR`, `hf-reset plan OUTPUT_DIR`, `hf-reset compare DIR`.
+`hf-reset scopes MODEL_DIR`, `hf-reset plan OUTPUT_DIR`, `hf-reset compare DIR`, `hf-reset find-errors DATA`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import ConfigError, ResetError, ScopeError
+from hf_reset.files import write_atomic, written_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,18 +51,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compare.add_argument("folder", metavar="DIR", help="records, such as recipes/results/studies/comparison")
     compare.add_argument("--settings", nargs="+", metavar="NAME", help="columns of the table. Default: all")
+    _add_find_errors(commands)
     options = parser.parse_args(argv)
+    given = {name: value for name, value in vars(options).items() if name != "command"}
     try:
         if options.command == "plan":
-            print(plan_report(**{name: value for name, value in vars(options).items() if name != "command"}))
+            print(plan_report(**given))
         elif options.command == "compare":
             print(comparison_report(options.folder, options.settings))
+        elif options.command == "find-errors":
+            print(errors_report(**given))
         else:
             print(scope_table(options.model_dir, options.scope or [], names=options.names))
     except ResetError as error:
         print(f"hf-reset: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_find_errors(commands: Any) -> None:
+    find = commands.add_parser(
+        "find-errors",
+        help="rank the rows of a file of texts by how wrong their label looks",
+        description="Fine-tune a classifier with resets on a file's own labels, and rank its rows by how wrong their "
+        "label looks. Read the rows before changing any, and never delete rows of a test set by the list. Mistakes "
+        "that a model can learn (one class called another by rule) do not show.",
+    )
+    find.add_argument("data", metavar="DATA", help="a csv, tsv, json, jsonl or parquet file (.gz too)")
+    find.add_argument("--text_column", default="text", help="default: text")
+    find.add_argument("--label_column", default="label", help="class names or integers. Default: label")
+    find.add_argument("--output", metavar="FILE", help="the table, .csv or .parquet. Default: DATA-suspects.csv")
+    find.add_argument("--report", metavar="FILE", help=".html or .md. Default: beside the table, as .html")
+    find.add_argument("--model", metavar="DIR_OR_NAME", help="default: a small ModernBERT, untrained")
+    find.add_argument("--noise_rate", type=float, help="flag at most this share. Default: estimated class by class")
+    find.add_argument("--budget", type=int, metavar="N", help="flag at most so many rows, the worst")
+    find.add_argument("--steps", type=int, help="default: ten visits of each row, and at least 100 steps")
+    find.add_argument("--learning_rate", type=float, help="default: 1e-3; with --model 5e-5")
+    find.add_argument("--batch_size", type=int, default=16, help="rows a step. Default: 16")
+    find.add_argument("--max_length", type=int, default=128, help="tokens to which texts are cut. Default: 128")
+    find.add_argument("--vocab_size", type=int, default=4000, help="of the small model's tokenizer. Default: 4000")
+    find.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def errors_report(data: str, *, output: str | None = None, report: str | None = None, **search: Any) -> str:
+    """Find suspect labels in a file, write their table and a report, and sum them up.
+
+    Args:
+        data: the file.
+        output: where the table goes, .csv or .parquet; None: DATA-suspects.csv, beside the data.
+        report: where the report goes, .html or .md; None: beside the table, as .html.
+        search: fields of `hf_reset.study.find_errors.Search`.
+
+    Raises:
+        ConfigError: a suffix that is not offered, or a file that would be written over the data.
+        DataError: see `find_errors`.
+    """
+    from hf_reset.report.suspects import CAUTION, summary_lines, write_suspects_report
+    from hf_reset.study.find_errors import Search, find_errors
+
+    source = Path(data)
+    table_path = source.with_name(f"{source.name.split('.')[0]}-suspects.csv") if output is None else Path(output)
+    report_path = table_path.with_suffix(".html") if report is None else Path(report)
+    _check_written(source, table_path, "output", (".csv", ".parquet"))
+    _check_written(source, report_path, "report", (".html", ".md"))
+    found = find_errors(source, Search(**search))
+    with written_whole(table_path) as temporary:
+        if table_path.suffix == ".parquet":
+            found.table.reset_index().to_parquet(temporary, index=False)
+        else:
+            found.table.to_csv(temporary)
+    facts = {"title": f"Suspect labels in {source.name}", "run": found.run, "notes": found.notes}
+    write_suspects_report(report_path, found.table, found.noise, found.names, **facts)
+    lines = summary_lines(found.table, found.noise, found.run, found.notes)
+    return "\n".join([*lines, CAUTION, f"Table: {table_path}", f"Report: {report_path}"])
+
+
+def _check_written(data: Path, path: Path, argument: str, suffixes: tuple[str, ...]) -> None:
+    """Before training: nothing that took minutes shall be lost to the name of a file."""
+    if path.suffix not in suffixes:
+        raise ConfigError(f"`{argument}` {str(path)!r} must end in {' or '.join(suffixes)}.")
+    if path.absolute() == data.absolute():
+        raise ConfigError(f"`{argument}` {str(path)!r} is the data itself. Name another file.")
 
 
 def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str:
@@ -74,7 +144,6 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
     Raises:
         ConfigError: there are no records, or none of a setting that was named, or matplotlib is not installed.
     """
-    from hf_reset.files import write_atomic
     from hf_reset.report.comparison import comparison_table, plot_comparison, settings_of, suspects_table
     from hf_reset.study.comparison import read_records
 

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -108,6 +109,19 @@ def test_both_arms_and_seeds_are_recorded_with_the_agreed_keys(study):
     assert results["configuration"]["noise_rate"] == 0.4
     assert results["configuration"]["reset_probability"] == 0.5
     assert "torch" in results["environment"]["packages"]
+
+
+def test_the_saved_models_card_gives_the_mean_over_seeds(study):
+    from huggingface_hub import ModelCard
+
+    records = [r for r in read_results(study)["records"] if r["arm"] == "reset"]
+    values = [record["test_accuracy_last"] for record in records]
+    card = ModelCard.load(study / "reset-seed1" / "model" / "README.md")
+    shown = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    mean = f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
+    assert shown["Clean test accuracy, last step's weights"] == mean
+    assert f"**Suspect labels:** {records[1]['suspects_share']:.0%} of the training rows" in card.text
+    assert "40% symmetric label noise" in card.text
 
 
 def test_only_the_reset_arm_resets_and_both_begin_alike(study):

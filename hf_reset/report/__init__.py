@@ -5,5 +5,7 @@
 * `tables`: tables of mean ± standard deviation, and the report around them;
 * `plots`: the figure (matplotlib is imported only when one is drawn);
 * `classification` and `instructions`: the report of each recipe, with its columns and curves;
+* `model_card`: the card of a saved model;
+* `suspects`: the report of `hf-reset find-errors`;
 * `plan`: what `hf-reset plan` prints and draws.
 """

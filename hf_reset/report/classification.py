@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_reset.files import write_atomic
+from hf_reset.report.model_card import write_model_card
 from hf_reset.report.plots import Panel, plot_runs
 from hf_reset.report.results import Results
 from hf_reset.report.tables import RESETS, Column, Record, markdown_report, print_summary
@@ -42,7 +43,7 @@ def write_report(results: Results) -> Path:
     """
     asked = results.configuration
     label, validation_label = asked["label_column"], asked["validation_label_column"]
-    clean_known = noise_is_added(asked) or asked["clean_label_column"] is not None
+    clean_known = _clean_known(asked)
     kind = "noisy labels" if clean_known else "labels as given"
     kind = "trusted labels" if validation_label not in (None, label) else kind
     panels, title = _panels(kind, clean_known), title_of(asked)
@@ -56,9 +57,42 @@ def write_report(results: Results) -> Path:
         sections={"Reading": reading(results.records), "What was measured": _MEASURED},
     )
     path = write_atomic(results.path.with_name("report.md"), report)
+    _complete_cards(results)
     print_summary(results.records, COLUMNS)
     print(f"{path} has the report, {results.path} every number.")
     return path
+
+
+def write_card(folder: str | Path, records: Sequence[Record], asked: Record) -> Path:
+    """Write the card of a saved model (or its adapters).
+
+    Args:
+        folder: of the model.
+        records: of its arm, its own first, and those of other seeds where there are any.
+        asked: configuration of the text-classification recipe.
+    """
+    return write_model_card(
+        folder,
+        records,
+        title=title_of(asked),
+        chosen_by=chosen_by(asked["label_column"], asked["validation_label_column"], clean_known=_clean_known(asked)),
+        base_model=asked["model_name_or_path"],
+        adapters=asked["lora_rank"] > 0,
+        saved=asked["reset_finish"],
+    )
+
+
+def _complete_cards(results: Results) -> None:
+    """Cards of arms with several seeds, written anew with the mean over all of them."""
+    for record in results.records:
+        folder = results.path.parent / f"{record['arm']}-seed{record['seed']}" / "model"
+        others = [one for one in results.records if one["arm"] == record["arm"] and one is not record]
+        if others and (folder / "README.md").is_file():
+            write_card(folder, [record, *others], results.configuration)
+
+
+def _clean_known(asked: Record) -> bool:
+    return noise_is_added(asked) or asked["clean_label_column"] is not None
 
 
 def noise_is_added(asked: Record) -> bool:

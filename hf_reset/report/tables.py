@@ -64,7 +64,7 @@ def summary_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
         [
             arm,
             str(len(of_arm)),
-            *(_spread([record.get(column.key) for record in of_arm], column) for column in columns),
+            *(format_spread([record.get(column.key) for record in of_arm], column) for column in columns),
         ]
         for arm in arms_of(records)
         for of_arm in [[record for record in records if record["arm"] == arm]]
@@ -78,7 +78,7 @@ def records_table(records: Sequence[Record], columns: Sequence[Column]) -> str:
         [
             record["arm"],
             str(record["seed"]),
-            *(_spread([record.get(column.key)], column) for column in columns),
+            *(format_spread([record.get(column.key)], column) for column in columns),
         ]
         for record in records
     ]
@@ -143,7 +143,8 @@ def markdown_report(
     return "\n\n".join(parts) + "\n"
 
 
-def _spread(values: Sequence[float | None], column: Column) -> str:
+def format_spread(values: Sequence[float | None], column: Column) -> str:
+    """Such as "0.912 ± 0.012": mean ± sample standard deviation; of one value, itself; "–" for none."""
     spread = mean_and_sd([None if value is None else value * column.scale for value in values])
     if spread is None:
         return "–"

@@ -5,5 +5,6 @@
 * `classification` and `instructions`: rows as a study of wrong labels or responses needs them;
 * `models`: models and tokenizers by name, and their adapters;
 * `arms`: the ways of training that are set beside one another;
-* `runs`: the loop over arms and seeds, and training, watching and saving one run.
+* `runs`: the loop over arms and seeds, and training, watching and saving one run;
+* `find_errors`: the wrong labels in a file, from one run on it.
 """

@@ -60,7 +60,7 @@ def read_rows(rows: Dataset, split: str, columns: Columns, notes: list[str], *, 
             raise DataError(_no_column(argument, column, split, rows))
     made: dict[str, list[Any]] = {name: list(rows[column]) for name, column in texts.items()}
     for name, (argument, column) in wanted.items():
-        made[name] = _label_values(rows, column, argument, split)
+        made[name] = label_values(rows, column, argument, split)
     made.setdefault("true", [None] * len(rows))
     required = "true" if split == "test" else "chooser" if split == "validation" else "given"
     kept = [index for index, label in enumerate(made[required]) if label is not None]
@@ -100,8 +100,12 @@ def _no_column(argument: str, column: str, split: str, rows: Dataset) -> str:
     return f"`{argument}` is {column!r}, which the {split} split does not have. {remedy}"
 
 
-def _label_values(rows: Dataset, column: str, argument: str, split: str) -> list[Label | None]:
-    """The labels as integers or strings, None where there is none."""
+def label_values(rows: Dataset, column: str, argument: str, split: str) -> list[Label | None]:
+    """The labels of a column as integers or strings, None where there is none.
+
+    Raises:
+        DataError: they are of another type, or of both.
+    """
     feature = rows.features[column]
     values = list(rows[column])
     if isinstance(feature, ClassLabel):

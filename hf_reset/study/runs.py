@@ -191,11 +191,30 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
         "steps": trainer.state.global_step,
         "best_step": best.step,
         "best_metric": best.best,
+        "suspects_share": suspects_share(trainer),
         "history": {name: curve for name, key in curves.items() if (curve := series(log, key))},
     }
 
 
-def save_final_model(trainer: Any, finish: str, best: BestWeightsCallback, path: str) -> None:
+def suspects_share(trainer: Any) -> float | None:
+    """Share of the judged training rows whose label a run believes wrong; None where it judged none."""
+    from hf_reset.errors import DataError
+
+    try:
+        table = trainer.suspects()
+    except DataError:
+        return None
+    return float(table.loc[table["rank"].notna(), "is_label_issue"].mean())
+
+
+def save_final_model(
+    trainer: Any,
+    finish: str,
+    best: BestWeightsCallback,
+    path: str,
+    record: Mapping[str, Any] | None = None,
+    options: Any = None,
+) -> None:
     """Save the last weights, or the anchor's (without resets: the best evaluated), as `reset_finish` says.
 
     Args:
@@ -203,8 +222,14 @@ def save_final_model(trainer: Any, finish: str, best: BestWeightsCallback, path:
         finish: the study's `reset_finish`.
         best: see `best_weights`.
         path: directory to save to.
+        record: of the run, for the model's card; None for no card.
+        options: the text-classification recipe's, for the card.
     """
     store = trainer.reset_callback.store
     anchor = store.swapped() if store is not None and store.is_set else best.swapped()
     with anchor if finish == "anchor" else nullcontext():
         save_whole_model(trainer, path)
+    if record is not None and trainer.args.should_save:
+        from hf_reset.report.classification import write_card
+
+        write_card(path, [record], {**vars(options), "reset_finish": finish})

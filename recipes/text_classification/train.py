@@ -202,7 +202,7 @@ def train_and_measure(
         record |= measure(trainer, data, splits, "best")
     record |= trajectory(trainer, data, best)
     if options.save_model:
-        save_final_model(trainer, training.reset_finish, best, f"{args.output_dir}/model")
+        save_final_model(trainer, training.reset_finish, best, f"{args.output_dir}/model", record, options)
     return record
 
 
