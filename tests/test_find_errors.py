@@ -202,3 +202,21 @@ def test_each_class_keeps_rows_to_learn_from():
     held = hold_out(labels, seed=0)
     assert [int(held[labels == one].sum()) for one in (0, 1, 2, -100)] == [6, 3, 0, 0]
     assert not np.array_equal(held, hold_out(labels, seed=1))
+
+
+def test_a_model_of_ones_own_gets_a_head_for_the_files_classes(tmp_path):
+    from tiny import bert
+
+    from hf_reset.corpora.tokenizers import train_tokenizer
+
+    frame, _ = planted(60)
+    tokenizer = train_tokenizer(frame["text"], 300)
+    bert(vocab_size=len(tokenizer), num_labels=5, max_position_embeddings=32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    model = str(tmp_path / "model")
+    found = find_errors(tmp_path / "data.csv", Search(model=model, steps=8, max_length=16))
+    assert found.table["label_quality"].notna().all()
+    assert found.noise.joint.shape == (3, 3)
+    with pytest.raises(ConfigError, match="`max_length` is 64, and the model has 32 positions"):
+        find_errors(tmp_path / "data.csv", Search(model=model, max_length=64))
