@@ -250,8 +250,13 @@ def test_labels_that_changed_are_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3, **RESETS}
     run(tmp_path, max_steps=8, **settings)
     moved = relabelled([(label + 1) % tiny.CLASSES for label in tiny.TRAIN["labels"]])
-    with pytest.raises(DataError, match=r"row numbers must mean the same row throughout a run"):
-        run(tmp_path, train=moved, resume=str(tmp_path / "checkpoint-6"), **settings)
+    again = {"train": moved, "resume": str(tmp_path / "checkpoint-6"), **settings}
+    words = r"row numbers must mean the same row throughout a run"
+    with pytest.raises(DataError, match=words):
+        run(tmp_path, reset_row_memory=True, **again)
+    trainer = run(tmp_path, **again)  # which asked for nothing that needs rows
+    with pytest.raises(DataError, match=r"There are no suspects: .*" + words):
+        trainer.suspects()
 
 
 def test_a_checkpoint_without_memory(tmp_path, caplog):

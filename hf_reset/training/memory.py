@@ -48,6 +48,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
     row_memory: RowMemory | ResponseMemory | None = None
     why_no_row_memory: str | None = "no training has begun"
     _feeds_from_outputs: bool = True  # unless a loss of rows feeds it
+    _unfit: str | None = None  # what this process met that cannot be remembered
 
     def suspects(self, *, noise_rate: float | None = None, budget: int | None = None) -> pd.DataFrame:
         """Rank the rows of the training set by how wrong their label looks; after (or amid) training.
@@ -96,7 +97,7 @@ class RowMemoryMixin(NumberedBatchesMixin):
             UnsupportedError: something needs rows that cannot be had.
             DataError: the checkpoint's memory is of another training set.
         """
-        self.row_memory, needed_by = None, self.rows_needed_by(self.args)
+        self.row_memory, self._unfit, needed_by = None, None, self.rows_needed_by(self.args)
         self.why_no_row_memory = self.why_unnumbered() if self.wants_rows(self.args) else self._why_unwanted()
         if self.why_no_row_memory is None and not isinstance(getattr(loader, "dataset", None), NumberedRows):
             self.why_no_row_memory = "`get_train_dataloader` was overridden by one that does not number them"
@@ -151,14 +152,13 @@ class RowMemoryMixin(NumberedBatchesMixin):
         assert isinstance(memory, RowMemory)
         assert rows is not None
         logits = logits_of(outputs)
-        if (reason := _unfit(logits, labels, rows, memory.num_classes)) is not None:
-            self.row_memory, self.why_no_row_memory = None, reason
-            if (needed_by := self.rows_needed_by(self.args)) is not None:
-                raise UnsupportedError(f"{needed_by} cannot be had: {reason}.")
-            logger.warning("The row memory is off: %s.", reason)
-            return
-        self._mark_resets()
-        memory.update(rows, logits, labels)
+        if self._unfit is None:
+            self._unfit = _unfit(logits, labels, rows, memory.num_classes)
+        if self._unfit is None:
+            self._mark_resets()
+            memory.update(rows, logits, labels)
+        elif (needed_by := self.rows_needed_by(self.args)) is not None:
+            raise UnsupportedError(f"{needed_by} cannot be had: {self._unfit}.")
 
     def _mark_resets(self) -> None:
         callback: Any = getattr(self, "reset_callback", None)
@@ -169,9 +169,21 @@ class RowMemoryMixin(NumberedBatchesMixin):
 
     def share_rows(self) -> None:
         """Enter what all processes met since the last time: a collective where there are several."""
-        if self.row_memory is not None:
+        if self.row_memory is None:
+            return
+        # Processes give the memory up together, or one would wait for another's visits for ever.
+        unfit = next((reason for reason in gathered(self._unfit) if reason is not None), None)
+        if unfit is None:
             self._mark_resets()
-            self.row_memory.share(gathered if world_size() > 1 else None)
+            try:
+                self.row_memory.share(gathered if world_size() > 1 else None)
+            except DataError as error:  # the same on all, as they share the same visits
+                if self.rows_needed_by(self.args) is not None:
+                    raise
+                unfit = str(error).rstrip(".")
+        if unfit is not None:
+            self.row_memory, self.why_no_row_memory = None, unfit
+            logger.warning("The row memory is off: %s.", unfit)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
