@@ -153,9 +153,8 @@ def bad(**changes):
         (bad(label=[True, False] * 15), r"must hold integers or strings, got True"),
         (bad(label=[[1]] * 30), r"must hold integers or strings, got \[1\]"),
         (bad(label=[None] * 30), r"`label_column` 'label' is empty on all 30 rows"),
-        (bad(text=["a", "", *"b" * 28]), r"`text_column` 'text' has 1 empty or null texts in the train split.*''"),
-        (bad(text=[None, " ", *"b" * 28]), r"`text_column` 'text' has 2 empty or null texts.*None, in row 0"),
-        (bad(text=list(range(30))), r"`text_column` 'text' must hold strings, got 0 \(int\)"),
+        (bad(text=[" "] * 30), r"`text_column` 'text' has no text in any of the 30 rows of the train split"),
+        (bad(text=list(range(30))), r"`text_column` 'text' must hold strings, got 0 \(int\) in row 0"),
         (
             rows(30).rename_column("label", "topic"),
             r"`label_column` is 'label'.*It has 'text', 'topic'.*--label_column",
@@ -166,6 +165,29 @@ def bad(**changes):
 def test_bad_rows_are_named(train, message):
     with pytest.raises(DataError, match=message):
         prepare_classification({"train": train}, Columns())
+
+
+def test_a_row_without_text_is_dropped_and_counted_by_its_own_number():
+    texts = [*(f"t{n}" for n in range(57)), None, " ", ""]
+    labels = [None, *rows()["label"][1:]]
+    data = prepare_classification({"train": Dataset.from_dict({"text": texts, "label": labels})}, Columns())
+    assert "1 of 60 train rows have no 'label' and were dropped." in data.notes
+    assert (
+        "3 of 60 train rows have no text in 'text' and were dropped (the first is row 57, counted from 0)."
+        in data.notes
+    )
+    assert len(data.train) + len(data.validation) + len(data.test) == 56
+
+
+def test_a_validation_class_that_training_lacks_is_refused():
+    validation = Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": ["fox", "cat", "dog", "owl"]})
+    with pytest.raises(DataError, match="validation has classes that no training row is labelled with: fox"):
+        prepare_classification({"train": rows(), "validation": validation, "test": rows(9, 100)}, Columns())
+
+
+def test_the_same_rows_in_two_splits_are_refused():
+    with pytest.raises(DataError, match="30 of 30 test rows are in the train split too"):
+        prepare_classification({"train": rows(60), "validation": rows(9, 90), "test": rows(30)}, Columns())
 
 
 def test_fewer_validation_rows_than_classes():

@@ -1,11 +1,20 @@
 """Options from YAML and command line, refused by name, and the end of a command."""
 
+import errno
+import math
 from dataclasses import dataclass, field
 
 import pytest
 
 from hf_reset.errors import ConfigError
-from hf_reset.study.options import RecipeArguments, parse_recipe, run_command
+from hf_reset.study.options import (
+    RecipeArguments,
+    option,
+    parse_recipe,
+    refuse_ignored,
+    refuse_too_small,
+    run_command,
+)
 
 
 @dataclass
@@ -68,6 +77,85 @@ def test_what_is_not_an_option_is_refused_by_name(tmp_path, yaml, argv, message)
 def test_a_missing_configuration_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"`config` .*none\.yaml' cannot be read"):
         parse_recipe([Options, Training], ["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "message"),
+    [
+        ({"seed": 3, "seeds": [0]}, {"seed"}, "`seed` 3 would be ignored: .* Give --seeds"),
+        ({"noise_kind": "pair", "noise_rate": 0.0}, {"noise_kind"}, "`noise_kind` 'pair' without `noise_rate`"),
+        (
+            {"noise_kind": "pair", "noise_matrix": "[]"},
+            set(),
+            "`noise_matrix` would be ignored with `noise_kind` 'pair'",
+        ),
+        ({"noise_kind": "matrix", "noise_rate": 0.2}, {"noise_rate"}, r"`noise_rate` 0\.2 would be ignored"),
+        ({"loss": "gce", "reset_loss": "sce"}, set(), "`loss` 'gce' and `reset_loss` 'sce' are the same"),
+        ({"loss": None, "loss_options": "{}"}, set(), "`loss_options` needs a `loss`"),
+        ({"resume_from_checkpoint": "no/where"}, set(), "`resume_from_checkpoint` is 'no/where'.*checkpoint last"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(values, given, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse_ignored(values, given)
+
+
+def test_what_has_an_effect_is_not_refused():
+    refuse_ignored({"noise_kind": "pair", "noise_rate": 0.0}, {"noise_kind", "noise_rate"})  # none, and said so
+    refuse_ignored({"noise_kind": "symmetric", "noise_rate": 0.4, "seed": 42, "seeds": [0]}, {"noise_rate"})
+    refuse_ignored({"noise_kind": "matrix", "noise_matrix": "[]", "noise_rate": 0.0}, {"noise_kind", "noise_matrix"})
+    refuse_ignored({"resume_from_checkpoint": "last", "loss": "gce", "reset_loss": None}, {"loss"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_train_samples", 0), ("max_eval_samples", -1), ("noise_rate", -0.1), ("noise_rate", math.nan)],
+)
+def test_sizes_and_rates_that_cannot_be_are_refused(name, value):
+    @dataclass
+    class Recipe(RecipeArguments):
+        noise_rate: float = option(0.0, "Share.", at_least=0)
+
+    refuse_too_small(Recipe())
+    with pytest.raises(ConfigError, match=rf"`{name}` must be at least \d, got {value}"):
+        refuse_too_small(Recipe(**{name: value}))
+
+
+def failing_with(error):
+    def run(argv):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "error: No space left on device: runs/a. Make room",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "error: Permission denied: runs/a."),
+        (RuntimeError("[enforce fail] PytorchStreamWriter: file write failed\nat line 3"), "error: [enforce fail] Pyt"),
+    ],
+)
+def test_a_disk_that_takes_no_files_ends_in_a_line(error, said):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(failing_with(error), RecipeArguments, description="", argv=[])
+    assert str(stopped.value).startswith(said)
+    assert "\n" not in str(stopped.value)
+
+
+def test_ctrl_c_ends_in_a_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(failing_with(KeyboardInterrupt()), RecipeArguments, description="", argv=[])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted; the same command with --resume_from_checkpoint last")
+
+
+def test_an_error_of_our_own_making_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        run_command(failing_with(FileNotFoundError(errno.ENOENT, "gone")), RecipeArguments, description="", argv=[])
 
 
 def test_a_command_that_has_done_its_work_ends_the_process_group():

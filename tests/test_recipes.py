@@ -171,6 +171,19 @@ def test_a_study_is_taken_up_where_it_stopped(files, study, tmp_path, capsys):
     assert [got[key] for key in same] == [expected[key] for key in same]
 
 
+def test_a_study_cut_off_in_its_first_run_is_held_to_its_options_too(files, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(options(files, tmp_path, max_steps=4))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"has another configuration \(learning_rate: 0\.01 there, 0\.5 now\)"):
+        recipe.run(options(files, tmp_path, max_steps=4, learning_rate=0.5, resume_from_checkpoint="last"))
+    assert len(recipe.run(options(files, tmp_path, max_steps=4))["records"]) == 1  # there is nothing to lose
+
+
 @pytest.mark.parametrize("probability", [0.5, 0.0])
 def test_a_killed_run_ends_as_if_it_had_not_been(files, tmp_path, monkeypatch, probability):
     saving = {"save_strategy": "steps", "save_steps": 4, "noise_rate": 0.4, "reset_probability": probability}
@@ -234,6 +247,14 @@ def test_lora_and_a_local_model(files, study, tmp_path):
         ({"model_name_or_path": "no/where"}, ConfigError, "`model_name_or_path` 'no/where' cannot be loaded"),
         ({"noise_kind": "matrix", "noise_matrix": "[["}, ConfigError, "`noise_matrix` .* must be rows as JSON"),
         ({"compare": True, "reset_probability": 0}, ConfigError, "`compare` with `reset_probability` 0"),
+        ({"seed": 3}, ConfigError, "`seed` 3 would be ignored"),
+        ({"noise_rate": "nan"}, ConfigError, "`noise_rate` must be at least 0, got nan"),
+        (
+            {"lora_rank": 2, "lora_target_modules": "nothing"},
+            ConfigError,
+            "options refused by peft: No modules were targeted",
+        ),
+        ({"lora_rank": 2, "lora_target_modules": "(["}, ConfigError, r"`lora_\*` options refused by peft"),
         ({"reset_probability": 1.5}, ConfigError, r"`probability` must be in \[0, 1\], got 1\.5"),
     ],
 )
@@ -243,6 +264,13 @@ def test_what_cannot_be_run_is_refused(files, tmp_path, more, error, message):
         chosen += ["--save_strategy", "steps"]
     with pytest.raises(error, match=message):
         recipe.run(chosen)
+
+
+def test_a_folder_that_cannot_be_written_to_ends_in_a_line(files):
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(options(files, "/dev/null/runs"))
+    assert str(stopped.value).startswith("error: Not a directory: /dev/null/runs")
+    assert "\n" not in str(stopped.value)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -248,6 +248,8 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(folder, tmp_path, tra
         ({"full_finetuning": True}, ScopeError, r"adapters"),
         ({"full_finetuning": True, "reset_scope": "head"}, ScopeError, r"tied"),
         ({"load_in_4bit": True}, ConfigError, r"`load_in_4bit` is True, and there is no CUDA device here"),
+        ({"loss": "gce", "reset_loss": "sce"}, ConfigError, "`loss` 'gce' and `reset_loss` 'sce' are the same"),
+        ({"max_new_tokens": 0}, ConfigError, "`max_new_tokens` must be at least 1, got 0"),
         ({"loss": "typo"}, ConfigError, r"`loss` must be one of cross_entropy, "),
         (
             {"loss": "gce", "loss_options": "q=1"},
@@ -273,6 +275,16 @@ def test_bad_input_is_refused_in_words(folder, tmp_path, more, error, words):
     with pytest.raises(error, match=words):
         recipe.run(options(folder, tmp_path / "out", **more))
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_an_encoder_is_refused(folder, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(vocab_size=500, **sizes)).save_pretrained(tmp_path / "bert")
+    given = {"model_name_or_path": tmp_path / "bert", "tokenizer_name": folder / "base"}
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\), which reads in both directions"):
+        recipe.run(options(folder, tmp_path / "out", **given))
 
 
 def test_a_tokenizer_that_does_not_belong_is_refused(folder, tmp_path):
@@ -302,7 +314,12 @@ def test_rows_left_out_and_cut_are_in_the_report(folder, tmp_path):
     rows[4]["completion"] = "long " * 200
     write(tmp_path / "train.jsonl", rows)
     more = {"train_file": tmp_path / "train.jsonl", "max_train_samples": None, "max_steps": 2, "generation_samples": 0}
-    more |= {"validation_file": folder / "train.jsonl", "test_file": folder / "train.jsonl", "seeds": [0]}
+    for split in ("validation", "test"):
+        write(
+            tmp_path / f"{split}.jsonl",
+            [{"prompt": f"{split} {row}", "completion": f"It is {row}."} for row in range(8)],
+        )
+        more[f"{split}_file"] = tmp_path / f"{split}.jsonl"
     recipe.run([word for word in options(folder, tmp_path / "out", **more) if not word.startswith("--max_tr")])
     report = (tmp_path / "out" / "report.md").read_text()
     for sentence in [

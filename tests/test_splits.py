@@ -6,7 +6,7 @@ import json
 import pytest
 
 from hf_reset.errors import DataError
-from hf_reset.study.splits import load_file, load_named
+from hf_reset.study.splits import load_file, load_named, refuse_same_rows
 
 ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": None}]
 
@@ -60,3 +60,39 @@ def test_an_unknown_data_set_is_named_with_the_remedy(tmp_path):
 def test_a_local_directory_is_a_data_set(tmp_path):
     write(tmp_path / "train.csv", "csv")
     assert load_named(str(tmp_path))["train"].num_rows == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_only_an_empty_cell_is_a_missing_label(tmp_path, suffix):
+    names = ["None", "NA", "null", "nan", "N/A", ""]
+    lines = ["text,label", *(f"t{n},{name}" for n, name in enumerate(names))]
+    (tmp_path / f"rows.{suffix}").write_text("\n".join(lines).replace(",", "\t" if suffix == "tsv" else ","))
+    assert load_file(tmp_path / f"rows.{suffix}", argument="train_file")["label"][:] == [*names[:-1], None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,1\nb, c,2\n", "has 3 cells in line 3, and 2 columns. Put a text with ','"),
+        ("text,label\nb, c,2\nd, e,1\n", "has 3 cells in line 2"),  # which pandas takes for an index
+        ('text,label\n"a\nb",1\nc\n', "has 1 cells in line 4"),
+        ("text,label,label\na,1,2\n", "has the column 'label' twice in line 1"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_lines_that_do_not_fit_the_columns_are_named(tmp_path, content, message, zipped):
+    path = tmp_path / ("rows.csv.gz" if zipped else "rows.csv")
+    path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
+    with pytest.raises(DataError, match=message):
+        load_file(path, argument="train_file")
+
+
+def test_splits_that_share_most_rows_are_refused_and_few_are_noted():
+    notes = []
+    splits = {"train": list("abcdef"), "validation": list("ghij"), "test": list("aklm")}
+    refuse_same_rows(splits, notes)
+    assert notes == ["1 of 4 test rows have the text of a row of the train split."]
+    with pytest.raises(DataError, match="3 of 4 validation rows are in the train split too"):
+        refuse_same_rows({**splits, "validation": list("abcz")}, notes)
+    with pytest.raises(DataError, match="4 of 4 test rows are in the validation split too"):
+        refuse_same_rows({**splits, "test": list("ghij")}, notes)

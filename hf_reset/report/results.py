@@ -151,19 +151,22 @@ def check_output_dir(output_dir: str | Path, *, resume: bool) -> None:
         raise ConfigError(f"`output_dir` is {str(output_dir)!r}, which is a file. Name a folder.")
     if resume or not folder.is_dir():
         return
-    found = next(
-        (
-            entry.relative_to(folder)
-            for pattern in (RESULTS_NAME, "checkpoint-*", "*-seed*/checkpoint-*")
-            for entry in sorted(folder.glob(pattern))
-        ),
-        None,
-    )
+    patterns = (RESULTS_NAME, "checkpoint-*", "*-seed*/checkpoint-*")
+    entries = (entry for pattern in patterns for entry in sorted(folder.glob(pattern)))
+    found = next((entry.relative_to(folder) for entry in entries if not _holds_no_run(entry)), None)
     if found is not None:
         raise ConfigError(
             f"`output_dir` is {str(output_dir)!r}, which has a run in it ({found}). Name another folder with "
             "--output_dir, take the run up again with --resume_from_checkpoint last, or remove the folder."
         )
+
+
+def _holds_no_run(path: Path) -> bool:
+    """Whether it is the results file of a study that was cut off in its first run: there is nothing to lose."""
+    try:
+        return path.name == RESULTS_NAME and read_results(path)["records"] == []
+    except DataError:
+        return False
 
 
 def series(log_history: Sequence[Record], key: str) -> list[list[float]]:

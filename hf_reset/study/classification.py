@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
 from hf_reset.study.columns import Columns, Label, read_rows
-from hf_reset.study.splits import take_split
+from hf_reset.study.splits import refuse_same_rows, take_split
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -168,8 +168,9 @@ def prepare_classification(
 
     Raises:
         ConfigError: noise is asked for on top of real noise.
-        DataError: a split is empty, a column missing, a label neither integer nor string, a text empty or null, there
-            is but one class, or validation has fewer rows than there are classes.
+        DataError: a split is empty, a column missing, a label neither integer nor string, a text no string,
+            there is but one class, validation has fewer rows than there are classes or (given by the user) a class
+            that training lacks, or two splits share most of their rows.
     """
     added = noise_rate > 0 or noise_kind == "matrix"
     if added and columns.clean_label is not None:
@@ -185,7 +186,11 @@ def prepare_classification(
         noise = {"kind": noise_kind, "seed": seed, "matrix": noise_matrix}
         noise["rate"] = None if noise_kind == "matrix" else noise_rate
         train, validation = _corrupt(train, validation, noise, names, columns.trusted)
-    return _checked(train, validation, test, names, notes, columns)
+    data = ClassificationData(
+        _finish(train, "train"), _finish(validation, "validation"), _finish(test, "test"), list(map(str, names)), notes
+    )
+    _check_splits(data, columns, validation_given="validation" in splits)
+    return data
 
 
 def _cut(
@@ -210,16 +215,6 @@ def _cut(
             parts[split], train = _taken(train, split, fraction, at_most, notes)
     train = train.select(range(min(len(train), max_train_samples or len(train))))
     return [train, parts["validation"], parts["test"]], notes
-
-
-def _checked(
-    train: Dataset, validation: Dataset, test: Dataset, names: Sequence[Label], notes: list[str], columns: Columns
-) -> ClassificationData:
-    data = ClassificationData(
-        _finish(train, "train"), _finish(validation, "validation"), _finish(test, "test"), list(map(str, names)), notes
-    )
-    _check_sizes(data, columns)
-    return data
 
 
 def _tokenized(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -303,17 +298,29 @@ def _finish(rows: Dataset, split: str) -> Dataset:
     return Dataset.from_dict({**texts, "label": labels, "clean_label": clean, "is_mislabelled": wrong})
 
 
-def _check_sizes(data: ClassificationData, columns: Columns) -> None:
+def _texts_of(rows: Dataset) -> list[tuple[str, ...]]:
+    return list(zip(*(rows[name] for name in ("text", "text_pair") if name in rows.column_names), strict=True))
+
+
+def _check_splits(data: ClassificationData, columns: Columns, *, validation_given: bool) -> None:
     if len(data.validation) < len(data.names):
         raise DataError(
             f"validation has {len(data.validation)} rows, fewer than the {len(data.names)} classes of "
             f"`label_column` {columns.label!r}: its loss cannot choose an anchor. Give more with --validation_file, "
             "--validation_fraction or --max_eval_samples."
         )
-    unseen = set(data.test["label"]) - set(data.train["label"])
-    if unseen:
+    for split, rows in (("test", data.test), ("validation", data.validation)):
+        unseen = set(rows["label"]) - set(data.train["label"])
         names = ", ".join(data.names[index] for index in sorted(unseen))
-        data.notes.append(f"The test has classes that no training row is labelled with: {names}.")
+        if unseen and split == "validation" and validation_given:
+            raise DataError(
+                f"validation has classes that no training row is labelled with: {names}. No model can learn them, and "
+                "each would decide which anchor is best. Leave these rows out of --validation_file."
+            )
+        if unseen:
+            data.notes.append(f"The {split} has classes that no training row is labelled with: {names}.")
+    texts = {name: _texts_of(getattr(data, name)) for name in ("train", "validation", "test")}
+    refuse_same_rows(texts, data.notes)
     unknown = sum(label == _MISSING for label in data.train["clean_label"])
     if unknown:
         data.notes.append(f"{unknown} training rows have no clean label; they count as neither right nor wrong.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,9 @@ def read_rows(rows: Dataset, split: str, columns: Columns, notes: list[str], *, 
     if not kept:
         argument, column = wanted[required]
         raise DataError(f"`{argument}` {column!r} is empty on all {len(rows)} rows of the {split} split.")
+    empty = _empty_texts(made, texts, split, notes)
+    kept = [row for row in kept if row not in empty]
     made = {name: [values[index] for index in kept] for name, values in made.items()}
-    for name, column in texts.items():
-        _check_texts(made[name], f"{name}_column", column, split)
     return Dataset.from_dict(made)
 
 
@@ -126,17 +126,26 @@ def label_values(rows: Dataset, column: str, argument: str, split: str) -> list[
     return values
 
 
-def _check_texts(texts: Sequence[Any], argument: str, column: str, split: str) -> None:
-    bad = [row for row, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if not bad:
-        return
-    value = texts[bad[0]]
-    if value is not None and not isinstance(value, str):
+def _empty_texts(made: Mapping[str, Sequence[Any]], texts: Mapping[str, str], split: str, notes: list[str]) -> set[int]:
+    """Numbers of the rows, as the file has them, with a text that is null, empty or blank; they are noted."""
+    found: set[int] = set()
+    for name, column in texts.items():
+        for row, text in enumerate(made[name]):
+            if text is not None and not isinstance(text, str):
+                raise DataError(
+                    f"`{name}_column` {column!r} must hold strings, got {text!r} ({type(text).__name__}) in row {row} "
+                    f"of the {split} split. Name the column that holds the text."
+                )
+        empty = [row for row, text in enumerate(made[name]) if text is None or not text.strip()]
+        if empty:
+            notes.append(
+                f"{len(empty)} of {len(made[name])} {split} rows have no text in {column!r} and were dropped "
+                f"(the first is row {empty[0]}, counted from 0)."
+            )
+        found.update(empty)
+    if len(found) == len(made["text"]):
         raise DataError(
-            f"`{argument}` {column!r} must hold strings, got {value!r} ({type(value).__name__}) in the {split} "
-            "split. Name the column that holds the text."
+            f"`text_column` {texts['text']!r} has no text in any of the {len(found)} rows of the {split} split. Name "
+            "the column that holds the text."
         )
-    raise DataError(
-        f"`{argument}` {column!r} has {len(bad)} empty or null texts in the {split} split (the first, {value!r}, in "
-        f"row {bad[0]} of those with a label). Fill those rows or leave them out of the file."
-    )
+    return found

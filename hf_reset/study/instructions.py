@@ -14,7 +14,7 @@ from hf_reset.diagnostics.responses import IGNORED, prompt_text
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.instructions import Kind, corrupt_responses, response_column, response_texts
 from hf_reset.study.models import load_tokenizer
-from hf_reset.study.splits import at_most, take_split
+from hf_reset.study.splits import at_most, refuse_same_rows, take_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +49,19 @@ class InstructionData:
     def corrupted(self) -> Dataset:
         """The training rows whose response is wrong."""
         return self.train.select([row for row, wrong in enumerate(self.train["is_corrupted"]) if wrong])
+
+    def refuse_same_rows(self) -> None:
+        """Refuse splits that share most of their rows, prompt and response; note a few.
+
+        Raises:
+            DataError: more than half of a held-out split's rows are in another split.
+        """
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        rows = {
+            name: list(map(repr, zip(part["prompt"], part["clean_response"], strict=True)))
+            for name, part in parts.items()
+        }
+        refuse_same_rows(rows, self.notes)
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[dict[str, Dataset], list[str]]:
         """Tokens of the splits, see `encode`, and what was left out or cut, in sentences.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +70,7 @@ def with_lora(model: Any, task_type: str, options: Any, **more: Any) -> Any:
             **more,
         )
         return get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"`lora_*` options refused by peft: {error}") from error
 
 
@@ -107,6 +108,23 @@ def in_4bit() -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def refuse_encoder(model: Any, name: str) -> None:
+    """Refuse a model that reads a text in both directions, and so would see each response that it is to give.
+
+    transformers loads encoders as causal models too, with no more than a warning.
+
+    Raises:
+        ConfigError: it is an encoder.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False):
+        raise ConfigError(
+            f"`model_name_or_path` {name!r} is an encoder ({model.config.model_type}), which reads in both directions "
+            "and cannot be tuned to respond. Name a causal language model; recipes/text_classification/ takes encoders."
+        )
 
 
 def refuse_misfit(model: Any, name: str, tokenizer: Any, tokenizer_name: str, max_length: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +21,13 @@ from transformers.hf_argparser import HfArgumentParser
 from hf_reset.errors import ConfigError, ResetError
 from hf_reset.report.results import plain
 
+_INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
-def option(default: Any, text: str) -> Any:
-    """A field of a recipe's dataclass, with its help."""
-    return field(default=default, metadata={"help": text})
+
+def option(default: Any, text: str, *, at_least: float | None = None) -> Any:
+    """A field of a recipe's dataclass, with its help, and the smallest value that it may have."""
+    return field(default=default, metadata={"help": text, "at_least": at_least})
 
 
 @dataclass
@@ -45,9 +49,11 @@ class RecipeArguments:
     test_file: str | None = option(None, "Rows to measure on, once, at the end. Default: some of the training rows.")
     validation_fraction: float = option(0.15, "Share of training rows taken for validation where none is given.")
     test_fraction: float = option(0.15, "Share of training rows taken for the test where none is given.")
-    max_train_samples: int | None = option(None, "At most so many training rows.")
-    max_eval_samples: int | None = option(None, "At most (where taken from training, exactly) so many validation rows.")
-    max_predict_samples: int | None = option(None, "Likewise for the test.")
+    max_train_samples: int | None = option(None, "At most so many training rows.", at_least=1)
+    max_eval_samples: int | None = option(
+        None, "At most (where taken from training, exactly) so many validation rows.", at_least=1
+    )
+    max_predict_samples: int | None = option(None, "Likewise for the test.", at_least=1)
 
     def sources(self) -> dict[str, Any]:
         """Where rows come from, as `splits.load_splits` takes it."""
@@ -66,6 +72,8 @@ def run_command(
 ) -> None:
     """Be the command of a recipe: its help, an error in one line with exit status 1, a clean end of all processes.
 
+    Ctrl-C and a disk that takes no files end in a line too.
+
     Args:
         run: the recipe, from its command line.
         recipe_arguments: the recipe's dataclass.
@@ -79,6 +87,14 @@ def run_command(
         run(argv)
     except ResetError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume_from_checkpoint last goes on from there.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        reason = _disk_refusal(error)
+        if reason is None:
+            raise
+        sys.exit(f"error: {reason}. Make room or name another folder with --output_dir; finished runs are kept.")
     from hf_reset.anchor.ranks import end_process_group
 
     end_process_group()
@@ -86,6 +102,11 @@ def run_command(
 
 class _Parser(HfArgumentParser):
     """HfArgumentParser which raises what argparse would print and exit with, without the page of usage."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's; a field's smallest value is no setting of it."""
+        settings.pop("at_least", None)
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See --help.")
@@ -104,7 +125,7 @@ def show_help(argv: Sequence[str], recipe_arguments: Any, *, description: str) -
     """
     if not {"-h", "--help"} & set(argv):
         return False
-    parser = HfArgumentParser(
+    parser = _Parser(
         recipe_arguments,
         description=description,
         epilog="Every field of transformers.TrainingArguments and every reset_* field of "
@@ -143,7 +164,56 @@ def parse_recipe(argument_classes: Sequence[Any], argv: Sequence[str]) -> tuple[
     if rest:
         raise ConfigError(f"option {rest[0]!r} is not known{_nearest(rest[0].lstrip('-'), known)}. See --help.")
     instances = parsed[: len(argument_classes)]
-    return (*instances, _configuration(instances, given=_option_names([*from_file, *argv]) & known))
+    given = _option_names([*from_file, *argv]) & known
+    refuse_ignored({one.name: getattr(instance, one.name) for instance in instances for one in fields(instance)}, given)
+    for instance in instances:
+        refuse_too_small(instance)
+    return (*instances, _configuration(instances, given=given))
+
+
+def refuse_ignored(values: Mapping[str, Any], given: set[str]) -> None:
+    """Refuse options that a recipe would not obey.
+
+    Args:
+        values: all options.
+        given: names of those that were given.
+
+    Raises:
+        ConfigError: an option has no effect beside the others, or where it was given.
+    """
+    kind, rate = values.get("noise_kind"), values.get("noise_rate", 0.0)
+    resumes = values.get("resume_from_checkpoint")
+    if "seed" in given and "seeds" in values:
+        raise ConfigError(f"`seed` {values['seed']} would be ignored: each run has its own. Give --seeds.")
+    if "noise_kind" in given and "noise_rate" not in given and kind != "matrix":
+        raise ConfigError(f"`noise_kind` {kind!r} without `noise_rate` adds no noise. Give --noise_rate, or neither.")
+    if values.get("noise_matrix") is not None and kind != "matrix":
+        raise ConfigError(f"`noise_matrix` would be ignored with `noise_kind` {kind!r}. Give --noise_kind matrix.")
+    if kind == "matrix" and "noise_rate" in given and rate != 0:
+        raise ConfigError(f"`noise_rate` {rate} would be ignored: with `noise_kind` matrix the matrix sets it.")
+    if values.get("loss") is not None and values.get("reset_loss") is not None:
+        raise ConfigError(
+            f"`loss` {values['loss']!r} and `reset_loss` {values['reset_loss']!r} are the same. Give one."
+        )
+    if values.get("loss_options") is not None and values.get("loss") is None:
+        raise ConfigError("`loss_options` needs a `loss` to apply to; for `reset_loss` give --reset_loss_options.")
+    if resumes is not None and str(resumes).lower() not in ("last", "true"):
+        raise ConfigError(
+            f"`resume_from_checkpoint` is {resumes!r}. A study is taken up as a whole, each run at its newest whole "
+            "checkpoint under `output_dir`: give --resume_from_checkpoint last and the study's --output_dir."
+        )
+
+
+def refuse_too_small(options: Any) -> None:
+    """Refuse an option below the smallest value that its field allows, and not-a-number.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for one in fields(options):
+        least, value = one.metadata.get("at_least"), getattr(options, one.name)
+        if least is not None and value is not None and not value >= least:
+            raise ConfigError(f"`{one.name}` must be at least {least}, got {value}.")
 
 
 def given_option(argv: Sequence[str], name: str, *, default: str) -> str:
@@ -183,6 +253,17 @@ def read_config(path: str | Path, known: set[str] | None = None) -> dict[str, An
         if known is not None and key not in known:
             raise ConfigError(f"`config` {str(path)!r} has the unknown key {key!r}{_nearest(str(key), known)}.")
     return content
+
+
+def _disk_refusal(error: BaseException | None) -> str | None:
+    """Why the disk did not take a file, whichever library met it; None where that is not what happened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        if any(text in str(error) for text in ("No space left on device", "file write failed")):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _config_parser() -> argparse.ArgumentParser:

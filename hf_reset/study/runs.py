@@ -101,24 +101,26 @@ def run_arms(
         results.add({"arm": arm.name, "seed": seed, **run_one(arm, seed)})
 
 
-def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[TrainerCallback]:
-    """Progress bars on a terminal; elsewhere (a log file, CI) one line an evaluation.
+def study_callbacks(training_arguments: TrainingArguments, results: Results) -> list[TrainerCallback]:
+    """What every run of a study is watched by.
+
+    The results file, with the configuration, is there from the first step on: a study that is taken up in its first
+    run is held to it. Progress shows in bars on a terminal; elsewhere (a log file, CI) in a line an evaluation.
 
     Args:
         training_arguments: `disable_tqdm` is set where there is no terminal.
+        results: of the study.
 
     Returns:
         Callbacks to hand to each Trainer.
     """
-    if sys.stderr.isatty():
-        return []
     from datasets import disable_progress_bars
     from transformers import TrainerCallback
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bars()
-    disable_progress_bar()
-    training_arguments.disable_tqdm = True
+    class ResultsFromTheStart(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            results.save()
 
     class EvaluationLines(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,7 +128,12 @@ def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[Trainer
                 loss = kwargs.get("metrics", {}).get("eval_loss", float("nan"))
                 print(f"  step {state.global_step}/{state.max_steps}: validation loss {loss:.4f}", flush=True)
 
-    return [EvaluationLines()]
+    if sys.stderr.isatty():
+        return [ResultsFromTheStart()]
+    disable_progress_bars()
+    disable_progress_bar()
+    training_arguments.disable_tqdm = True
+    return [ResultsFromTheStart(), EvaluationLines()]
 
 
 def resume_point(training: Any, args: Any) -> str | None:

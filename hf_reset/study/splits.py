@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +66,12 @@ def load_file(path: str | Path, *, argument: str) -> Dataset:
         raise DataError(f"`{argument}` {str(path)!r} has none of the suffixes {', '.join(_FORMATS)} (or with .gz).")
     if not path.is_file():
         raise DataError(f"`{argument}` {str(path)!r} is not a file. Check the path (seen from {Path.cwd().name!r}).")
-    options: dict[str, Any] = {"delimiter": "\t"} if kind == "tsv" else {}
+    options: dict[str, Any] = {}
+    if _FORMATS[kind] == "csv":
+        delimiter = "\t" if kind == "tsv" else ","
+        check_table(path, delimiter, argument=argument)
+        # Only an empty cell is a missing one: None, NA and null are names like others.
+        options = {"delimiter": delimiter, "keep_default_na": False, "na_values": [""]}
     try:
         loaded = load_dataset(_FORMATS[kind], data_files=str(path), **options)["train"]
     except Exception as error:  # whatever the reader of that format raises: the file is not what its suffix says
@@ -74,6 +81,62 @@ def load_file(path: str | Path, *, argument: str) -> Dataset:
         ) from error
     assert isinstance(loaded, Dataset)
     return loaded
+
+
+def check_table(path: Path, delimiter: str, *, argument: str) -> None:
+    """Refuse a csv or tsv file whose lines have not one cell a column, which readers pass over in silence.
+
+    Args:
+        path: the file, gzipped or not.
+        delimiter: between cells.
+        argument: name of the option it came by.
+
+    Raises:
+        DataError: a column's name stands twice, or a line has another number of cells than the first; the line is
+            named as an editor counts.
+    """
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter=delimiter)
+        try:
+            header = next(lines, [])
+            for cells in lines:
+                if cells and len(cells) != len(header):
+                    raise DataError(
+                        f"`{argument}` {str(path)!r} has {len(cells)} cells in line {lines.line_num}, and "
+                        f"{len(header)} columns. Put a text with {delimiter!r} or a line break in it in double quotes."
+                    )
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"`{argument}` {str(path)!r} cannot be read as csv ({error}, near line {lines.line_num})."
+            ) from error
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(
+            f"`{argument}` {str(path)!r} has the column {doubled[0]!r} twice in line 1. Rename one of them."
+        )
+
+
+def refuse_same_rows(splits: Mapping[str, Sequence[Any]], notes: list[str]) -> None:
+    """Refuse splits that share most of their rows; note how many where they share a few.
+
+    Args:
+        splits: what makes a row the same, a value a row, for `train`, `validation` and `test`.
+        notes: receives the notes.
+
+    Raises:
+        DataError: more than half of a held-out split's rows are in another split.
+    """
+    for held_out, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        there = set(splits[other])
+        count = sum(row in there for row in splits[held_out])
+        total = len(splits[held_out])
+        if 2 * count > total:
+            raise DataError(
+                f"{count} of {total} {held_out} rows are in the {other} split too: what is measured or chosen on them "
+                f"says nothing of other rows. Give another --{held_out}_file, or none to take one from training."
+            )
+        if count:
+            notes.append(f"{count} of {total} {held_out} rows have the text of a row of the {other} split.")
 
 
 def load_named(name: str, config: str | None = None) -> dict[str, Dataset]:

@@ -144,10 +144,10 @@ class ResetArguments:
             ConfigError: the loss has no such option, or an option has a value it cannot have.
         """
         options = self._loss_options()
-        if self.reset_loss in LOSSES:
-            named_loss(self.reset_loss, **options)
-        elif self.reset_loss is not None:
+        if self.reset_loss in REMEMBERING_LOSSES:
             named_remembering_loss(self.reset_loss, 1, 2, **options)
+        elif self.reset_loss is not None:
+            named_loss(self.reset_loss, **options)
         return options
 
     def _loss_options(self) -> dict[str, Any]:

@@ -46,9 +46,9 @@ class InstructionTuningArguments(RecipeArguments):
     response_column: str | None = option(None, "Column of the response. Default: found by format.")
     validation_fraction: float = option(0.1, "Share of training rows taken for validation where none is given.")
     test_fraction: float = option(0.1, "Share of training rows taken for the test where none is given.")
-    max_seq_length: int = option(128, "Tokens of prompt and response; longer responses are cut, and counted.")
+    max_seq_length: int = option(128, "Tokens of prompt and response; longer ones are cut, and counted.", at_least=1)
     # noise
-    noise_rate: float = option(0.0, "Share of training and validation responses to make wrong.")
+    noise_rate: float = option(0.0, "Share of training and validation responses to make wrong.", at_least=0)
     noise_kind: Literal["swap", "shuffle_sentences", "truncate", "wrong_answer", "mix"] = option(
         "swap", "How responses go wrong."
     )
@@ -60,16 +60,16 @@ class InstructionTuningArguments(RecipeArguments):
     chat_template: str | None = option(None, "File with a chat template, for tokenizers without.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type in which a named model is loaded.")
     load_in_4bit: bool = option(False, "Base weights in 4 bits (bitsandbytes, CUDA only).")
-    hidden_size: int = option(128, "Width of the small Llama.")
-    num_hidden_layers: int = option(4, "Its layers.")
-    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the plain text for it.")
-    base_steps: int = option(400, "Steps of 16 x 128 tokens that it is first trained on the plain text.")
-    base_learning_rate: float = option(2e-3, "Highest learning rate of these steps.")
+    hidden_size: int = option(128, "Width of the small Llama.", at_least=1)
+    num_hidden_layers: int = option(4, "Its layers.", at_least=1)
+    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the plain text for it.", at_least=1)
+    base_steps: int = option(400, "Steps of 16 x 128 tokens that it is first trained on the plain text.", at_least=1)
+    base_learning_rate: float = option(2e-3, "Highest learning rate of these steps.", at_least=0)
     # adapters
     full_finetuning: bool = option(False, "Train all weights instead of adapters.")
-    lora_rank: int = option(16, "Rank of the LoRA adapters.")
+    lora_rank: int = option(16, "Rank of the LoRA adapters.", at_least=0)
     lora_alpha: int = option(32, "LoRA's alpha; updates are scaled by alpha / rank.")
-    lora_dropout: float = option(0.0, "LoRA's dropout.")
+    lora_dropout: float = option(0.0, "LoRA's dropout.", at_least=0)
     lora_target_modules: str = option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
     lora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained whole beside the adapters, such as lm_head."}
@@ -81,9 +81,9 @@ class InstructionTuningArguments(RecipeArguments):
     loss: str | None = option(None, "The same as reset_loss: gce, sce or another of hf_reset.losses.")
     loss_options: str | None = option(None, 'The same as reset_loss_options, as JSON: {"q": 0.5}.')
     # measuring
-    memory_samples: int = option(150, "Corrupted training rows on which memory is followed during the run.")
-    generation_samples: int = option(32, "Test prompts to generate responses to at the end; 0 for none.")
-    max_new_tokens: int = option(48, "Most tokens of a generated response.")
+    memory_samples: int = option(150, "Corrupted training rows on which memory is followed during the run.", at_least=0)
+    generation_samples: int = option(32, "Test prompts to generate responses to at the end; 0 for none.", at_least=0)
+    max_new_tokens: int = option(48, "Most tokens of a generated response.", at_least=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,13 +98,13 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from hf_reset.corpora import docstring_summaries
     from hf_reset.report.instructions import write_report
     from hf_reset.study.options import parse_recipe
-    from hf_reset.study.runs import open_study, quiet_unless_terminal, run_arms
+    from hf_reset.study.runs import open_study, run_arms, study_callbacks
     from hf_reset.study.splits import load_splits
 
     options, training, configuration = parse_recipe([InstructionTuningArguments, arguments_class(argv)], argv)
     check(options, training)
     results, runs, say = open_study("instruction_tuning", options, training, configuration)
-    callbacks = quiet_unless_terminal(training)
+    callbacks = study_callbacks(training, results)
     raw = load_splits(docstring_summaries, **options.sources())
     prepared = lru_cache(maxsize=1)(lambda seed: prepare(options, raw, seed))
 
@@ -123,7 +123,7 @@ def prepare(options: InstructionTuningArguments, raw: dict[str, Dataset], seed: 
     """Splits of one seed, with its noise."""
     from hf_reset.study.instructions import prepare_instructions
 
-    return prepare_instructions(
+    data = prepare_instructions(
         raw,
         prompt_column=options.prompt_column,
         response_column=options.response_column,
@@ -132,6 +132,8 @@ def prepare(options: InstructionTuningArguments, raw: dict[str, Dataset], seed: 
         seed=seed,
         **options.sizes(),
     )
+    data.refuse_same_rows()
+    return data
 
 
 def arguments_class(argv: Sequence[str]) -> type:
@@ -155,7 +157,6 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
     Raises:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
-
     from hf_reset.study.models import refuse_4bit
 
     if options.loss is not None:
@@ -200,12 +201,13 @@ def build_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_reset.study.models import in_4bit, load_pretrained, refuse_misfit, with_lora
+    from hf_reset.study.models import in_4bit, load_pretrained, refuse_encoder, refuse_misfit, with_lora
 
     loading: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
     if options.load_in_4bit:
         loading["quantization_config"] = in_4bit()
     model = load_pretrained(AutoModelForCausalLM.from_pretrained, base, **loading)
+    refuse_encoder(model, base)
     refuse_misfit(model, base, tokenizer, options.tokenizer_name or base, options.max_seq_length)
     if options.full_finetuning:
         return model
@@ -244,10 +246,8 @@ def build_trainer(
         from hf_reset.training.sft import ResetSFTTrainer
 
         args.max_length = options.max_seq_length
-        trainer: Any = ResetSFTTrainer(**given)
-    else:
-        trainer = ResetTrainer(**given, data_collator=DataCollatorForSeq2Seq(tokenizer))
-    return trainer
+        return ResetSFTTrainer(**given)
+    return ResetTrainer(**given, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
 def train_and_measure(

@@ -51,25 +51,25 @@ class TextClassificationArguments(RecipeArguments):
     validation_label_column: str | None = option(
         None, "Column of validation labels. Default: label_column. 'clean_label': the true ones behind added noise."
     )
-    max_seq_length: int = option(64, "Tokens to which texts are cut.")
+    max_seq_length: int = option(64, "Tokens to which texts are cut.", at_least=1)
     # noise
-    noise_rate: float = option(0.0, "Share of training and validation labels to make wrong.")
+    noise_rate: float = option(0.0, "Share of training and validation labels to make wrong.", at_least=0)
     noise_kind: Literal["symmetric", "pair", "matrix", "instance"] = option("symmetric", "How labels go wrong.")
     noise_matrix: str | None = option(None, "For kind matrix: T[i][j] = P(noisy j | clean i), as JSON.")
     # model
     model_name_or_path: str | None = option(
         None, "Model on the hub or local directory. Default: a small ModernBERT, untrained."
     )
-    hidden_size: int = option(128, "Width of the small ModernBERT.")
-    num_hidden_layers: int = option(2, "Its layers.")
-    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the training texts for it.")
+    hidden_size: int = option(128, "Width of the small ModernBERT.", at_least=1)
+    num_hidden_layers: int = option(2, "Its layers.", at_least=1)
+    vocab_size: int = option(4000, "Tokens of the tokenizer trained on the training texts for it.", at_least=1)
     freeze_embeddings: bool = option(False, "Leave the word embeddings as they are.")
-    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.")
+    lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.", at_least=0)
     lora_alpha: int = option(16, "LoRA's alpha; updates are scaled by alpha / rank.")
-    lora_dropout: float = option(0.0, "LoRA's dropout.")
+    lora_dropout: float = option(0.0, "LoRA's dropout.", at_least=0)
     lora_target_modules: str = option("all-linear", "Modules that get adapters: a regular expression or all-linear.")
     # measuring
-    memory_samples: int = option(256, "Mislabelled training rows on which memory is followed during the run.")
+    memory_samples: int = option(256, "Mislabelled training rows on which memory is followed.", at_least=0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,13 +86,13 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from hf_reset.report.classification import write_report
     from hf_reset.study.classification import refuse_clean_metric
     from hf_reset.study.options import parse_recipe
-    from hf_reset.study.runs import open_study, quiet_unless_terminal, run_arms
+    from hf_reset.study.runs import open_study, run_arms, study_callbacks
     from hf_reset.study.splits import load_splits
 
     options, training, configuration = parse_recipe([TextClassificationArguments, ResetTrainingArguments], argv)
     refuse_clean_metric(training.reset_metric or training.metric_for_best_model)
     results, runs, say = open_study("text_classification", options, training, configuration)
-    callbacks = quiet_unless_terminal(training)
+    callbacks = study_callbacks(training, results)
     raw = load_splits(docstring_topics, **options.sources())
     prepared = lru_cache(maxsize=1)(lambda seed: prepare(options, raw, seed))
 
