@@ -190,13 +190,14 @@ def plan_report(
         DataError: there is no log of a Trainer, or no evaluation in it.
         ConfigError: a picture was asked for, and matplotlib is not installed.
     """
+    from hf_reset.metrics.directions import greater_is_better as greater_by_name
     from hf_reset.planner.excursions import evaluation_interval, excursions_of, metric_of, read_log
     from hf_reset.planner.plan import recommend
     from hf_reset.report.plan import plot_plan, recommendation_text
 
     history = read_log(output_dir)
     key = metric_of(history) if metric is None else metric if metric.startswith("eval_") else f"eval_{metric}"
-    greater = not key.endswith("loss") if greater_is_better is None else greater_is_better
+    greater = greater_by_name(key) is not False if greater_is_better is None else greater_is_better
     excursions = excursions_of(history, metric=key, greater_is_better=greater, min_delta=min_delta)
     interval = evaluation_interval(history, key)
     advice = recommend(excursions, interval, seed=seed)

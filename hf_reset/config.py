@@ -45,7 +45,7 @@ class ResetConfig:
         metric: the evaluation result that chooses anchors, with or without its "eval_" prefix. None:
             `args.metric_for_best_model`, else "eval_loss". Noisy validation is enough.
         greater_is_better: direction of `metric`. None: `args.greater_is_better` where `metric` is the
-            Trainer's own, else False for names ending in "loss" and True for the rest.
+            Trainer's own, else by its name; an error asks where that does not tell.
         min_delta: how much better than the best a metric must be to count as a new best, in its units.
         anchor: "best" moves θ_c to each new best (the paper's adaptive checkpoint); "fixed" leaves it where
             it is once resets have begun.
@@ -87,6 +87,8 @@ class ResetConfig:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # numbers of numpy are numbers, and JSON-plain ones from here on
+            object.__setattr__(self, f.name, _plain_number(getattr(self, f.name)))
         if self.probability != "auto" and not (_is_real(self.probability) and 0 <= self.probability <= 1):
             raise ConfigError(
                 f"`probability` must be in [0, 1], got {self.probability!r}. It is per optimizer step: "
@@ -168,6 +170,11 @@ def configured(config: ResetConfig | None, given: Mapping[str, Any]) -> ResetCon
 def period_of(probability: float) -> int:
     """Whole steps nearest to the mean excursion 1/r, at least 1; r > 0."""
     return max(1, round(1 / probability))
+
+
+def _plain_number(value: Any) -> Any:
+    is_numpys = type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_numpys else value
 
 
 def _is_real(value: object) -> bool:

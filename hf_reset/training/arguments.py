@@ -118,9 +118,7 @@ class ResetArguments:
             with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
                 self.reset_probability = float(self.reset_probability)
         self.reset_config()
-        self._loss_options()
-        if self.reset_loss is not None and self.reset_loss not in (known := [*LOSSES, *REMEMBERING_LOSSES]):
-            raise ConfigError(f"`reset_loss` must be one of {', '.join(known)}, got {self.reset_loss!r}.")
+        self._check_loss()
         if self.reset_refine not in MODES:
             raise ConfigError(f"`reset_refine` must be one of {', '.join(MODES)}, got {self.reset_refine!r}.")
 
@@ -143,6 +141,7 @@ class ResetArguments:
         Raises:
             ConfigError: the loss has no such option, or an option has a value it cannot have.
         """
+        self._check_loss()
         options = self._loss_options()
         if self.reset_loss in REMEMBERING_LOSSES:
             named_remembering_loss(self.reset_loss, 1, 2, **options)
@@ -150,11 +149,18 @@ class ResetArguments:
             named_loss(self.reset_loss, **options)
         return options
 
+    def _check_loss(self) -> None:
+        self._loss_options()
+        if self.reset_loss is not None and self.reset_loss not in (known := [*LOSSES, *REMEMBERING_LOSSES]):
+            raise ConfigError(f"`reset_loss` must be one of {', '.join(known)}, got {self.reset_loss!r}.")
+
     def _loss_options(self) -> dict[str, Any]:
-        try:
-            options = json.loads(self.reset_loss_options or "{}")
-        except json.JSONDecodeError:
-            options = None
+        options: Any = self.reset_loss_options or {}
+        if isinstance(options, str):
+            try:
+                options = json.loads(options)
+            except json.JSONDecodeError:
+                options = None
         if not isinstance(options, dict):
             raise ConfigError(
                 f'`reset_loss_options` must be a JSON object such as {{"q": 0.7}}, got {self.reset_loss_options!r}.'

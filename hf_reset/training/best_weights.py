@@ -13,6 +13,8 @@ from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import MetricError
 from hf_reset.policy import ResetConfig
 from hf_reset.training.metric import MetricWatch
+from hf_reset.training.parameters import TrainedParameters
+from hf_reset.training.scheduled import is_scheduled
 
 
 class BestWeightsCallback(TrainerCallback):
@@ -43,6 +45,7 @@ class BestWeightsCallback(TrainerCallback):
         self.step: int | None = None
         self._file: Path | None = None
         self._watch: MetricWatch | None = None  # only while training
+        self._trained: TrainedParameters | None = None
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -64,9 +67,8 @@ class BestWeightsCallback(TrainerCallback):
     ) -> None:
         """Make room, and take the file up again when a run is resumed."""
         self._watch = MetricWatch.of(self.config, args)
-        self.store = AnchorStore(
-            kwargs["model"], kwargs["optimizer"], scope="all", optimizer_state="keep", storage=self.storage
-        )
+        self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
+        self._trained = TrainedParameters(kwargs["model"])
         self.best = self.step = self._file = file = None
         if self.path is not None:
             file = Path(f"{self.path}.rank{args.process_index}" if self.store.layout == "flat" else self.path)
@@ -85,13 +87,15 @@ class BestWeightsCallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Copy the weights if they are a new best."""
-        if self._watch is None or self.store is None or metrics is None:
+        if self._watch is None or self.store is None or metrics is None or not is_scheduled():
             return
         self._watch.agree(metrics, args)  # before a save that takes all ranks
         value = self._watch.value_in(metrics)
         if value is None or not self._watch.is_better(value, self.best):
             return
         self.best, self.step = value, state.global_step
+        if self._trained is not None and self._trained.changes(kwargs["model"]):
+            self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
         self.store.snapshot()
         if self._file is not None:
             self.store.save(self._file, {"best": self.best, "step": self.step})
@@ -100,4 +104,7 @@ class BestWeightsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Evaluations after training are not taken in."""
-        self._watch = None
+        self._watch = self._trained = None
+
+    def _new_store(self, model: Any, optimizer: Any) -> AnchorStore:
+        return AnchorStore(model, optimizer, scope="all", optimizer_state="keep", storage=self.storage)

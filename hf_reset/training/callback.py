@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_reset.anchor.ranks import together
 from hf_reset.anchor.shards import refuse_lost_state
@@ -18,9 +19,10 @@ from hf_reset.config import ResetConfig, configured
 from hf_reset.errors import ConfigError, NoEffectWarning, UnsupportedError
 from hf_reset.planner.excursions import Event
 from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, probability_now
+from hf_reset.training import narration
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import Margins, RowSource
-from hf_reset.training.metric import MetricWatch
+from hf_reset.training.parameters import TrainedParameters
 from hf_reset.training.resume import (
     Progress,
     record_event,
@@ -30,9 +32,11 @@ from hf_reset.training.resume import (
     take_up,
     take_up_average,
 )
-from hf_reset.training.run import Run, refuse_no_evaluation
+from hf_reset.training.run import Run, pass_over_once
+from hf_reset.training.scheduled import is_scheduled
 
-logger = logging.getLogger(__name__)
+# Among Trainer's own, so that `transformers.logging.set_verbosity` and `log_level` are for it as well.
+logger = logging.get_logger("transformers.hf_reset")
 
 
 class StochasticResetCallback(TrainerCallback):
@@ -57,6 +61,9 @@ class StochasticResetCallback(TrainerCallback):
         probability: in a plan, the r chosen; with the `excursions` and `improvements` behind it, older ones
             counting less.
 
+    Only evaluations that the Trainer runs by its schedule, on its own `eval_dataset`, choose an anchor. One line when
+    resets begin and one at the end say what came of them, through the logger of `transformers`.
+
     A run resumed from a checkpoint in `output_dir` goes on exactly. With `ResetTrainer`, from anywhere.
 
     Args:
@@ -79,12 +86,15 @@ class StochasticResetCallback(TrainerCallback):
         self,
         config: ResetConfig | None = None,
         *,
-        resume_from_checkpoint: str | None = None,
+        resume_from_checkpoint: str | Path | None = None,
         rows: RowSource | None = None,
         **fields: Any,
     ) -> None:
         self.config = configured(config, fields)
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (str, Path)):
+            raise ConfigError(f"`resume_from_checkpoint` must be a directory or None, got {resume_from_checkpoint!r}.")
         self.rows = rows
+        self.listener: Callable[[dict[str, float]], None] | None = None  # ResetTrainer's, for its reporters
         self.resume_from_checkpoint = resume_from_checkpoint
         self.events: list[Event] = []
         self.store: AnchorStore | None = None
@@ -100,13 +110,13 @@ class StochasticResetCallback(TrainerCallback):
     ) -> None:
         """Check the set-up, make room for the anchor, and take up where a checkpoint left off."""
         self._refuse_second_callback(state)
-        seed = args.seed if self.config.seed is None else self.config.seed
-        run = Run(MetricWatch.of(self.config, args), seed)
+        run = Run(self.config, args)
         self.events, self.reset_state, self.store, self.average = [], ResetState(), None, None
         with together():
             if self.config.needs_anchor:
-                refuse_no_evaluation(run.watch, args)
+                run.watch.refuse_no_evaluation(args)
                 self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
+                run.trained = TrainedParameters(kwargs["model"])
             if self.config.ema_decay is not None:
                 self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
             if state.global_step > 0:
@@ -128,36 +138,36 @@ class StochasticResetCallback(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> None:
-        """Take one evaluation in; the weights just evaluated become the anchor if they are a new best."""
+        """Take one evaluation in, if it is one by which weights may be chosen."""
         run = self._run
+        rows = None if self.rows is None else self.rows.take_rows()  # also from an evaluation of the user's
         if run is None or run.ended or metrics is None:
             return
-        rows = None if self.rows is None else self.rows.take_rows()
-        run.watch.agree(metrics, args)
-        value = run.watch.value_in(metrics)
-        if value is None:
-            run.note_absence(metrics)
+        if not is_scheduled():
+            # It has ended the Trainer's own evaluation that is due after this event; that one still takes place.
+            control.should_evaluate = control.should_evaluate or run.is_due
             return
-        run.seen = True
-        if state.global_step == run.observed_step:
+        value = run.value_in(metrics, args)
+        if value is None or state.global_step == run.observed_step:
             return
         run.observed_step = state.global_step
-        margins = Margins() if rows is None else run.evidence.margins(rows[0])
-        self.reset_state, moved = observe(
-            self.config,
-            self.reset_state,
-            value,
-            state.global_step,
-            greater_is_better=run.watch.greater_is_better,
-            worse=margins.worse,
-            learned=margins.learned,
-        )
-        if rows is not None:
-            run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
-            self.reset_state = replace(self.reset_state, learned=run.evidence.learned)
+        if self._is_at_anchor(state):
+            pass_over_once(kwargs.get("lr_scheduler"))
+        was_armed = self.reset_state.armed
+        moved, margin = self._observe(value, rows, run, state.global_step)
         if moved:
-            self._move_anchor(state, margins.worse)
+            self._move_anchor(run, state, kwargs, margin)
         self._record_plan(state)
+        if self.reset_state.armed and not was_armed:
+            self._say(state, narration.beginning(self.config, self.reset_state, run.watch))
+            self._tell({"reset/armed": 1.0})
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember whether the Trainer's own evaluation is due, while somebody evaluates."""
+        if self._run is not None:
+            self._run.is_due = control.should_evaluate and self.config.needs_anchor
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -195,7 +205,7 @@ class StochasticResetCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint."""
+        """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint, and sum up."""
         run = self._run
         if run is None:
             return
@@ -204,12 +214,16 @@ class StochasticResetCallback(TrainerCallback):
         if self.store is not None and not self.store.is_set:
             warnings.warn(
                 f"No evaluation gave a finite {run.watch.key!r}, so there was no anchor and nothing was reset. "
-                "Evaluate more often (`eval_steps`), or look at why the metric is not finite.",
+                "Evaluate more often (`eval_steps`), or look at why the metric is not finite. Only the Trainer's own "
+                "evaluations count, those of `eval_strategy`.",
                 NoEffectWarning,
                 stacklevel=2,
             )
-        self._finish(args, state)
+        weights = self._finish(args, state)
         self.average = None
+        if self.store is not None and self.store.is_set:
+            done = state.global_step
+            self._say(state, narration.ending(self.config, self.reset_state, run.watch, self.events, done, weights))
 
     # What ResetTrainer and the curious call.
 
@@ -230,6 +244,9 @@ class StochasticResetCallback(TrainerCallback):
             report["reset/anchor_metric"] = self.reset_state.anchor_metric
         if self.reset_state.worse is not None:
             report["reset/margin"] = self.reset_state.worse
+        if self._run is not None:
+            gain = narration.gain(self.reset_state, self._run.watch, self.events)
+            report |= {} if gain is None else {"reset/gain": gain}
         if resets:
             report["reset/distance"] = resets[-1]["distance"]
             report["reset/steps_since"] = step - 1 - resets[-1]["step"]
@@ -241,7 +258,6 @@ class StochasticResetCallback(TrainerCallback):
             self._run.saved_step = state.global_step
             if self.events:
                 save_progress(directory, self.store, self._progress(self._run, args), args)
-
             if self.average is not None and not self._run.ended:
                 save_average(directory, self.average, args)
 
@@ -250,29 +266,6 @@ class StochasticResetCallback(TrainerCallback):
         return nullcontext() if self.average is None else self.average.swapped()
 
     # Steps of the above.
-
-    def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            logger.info("`load_best_model_at_end` loaded %s; the anchor is left aside.", state.best_model_checkpoint)
-        elif self.store is not None and self.store.is_set and self._finishes_with_anchor():
-            if not self.store.finish():
-                logger.warning(
-                    "The anchor was written without the weights outside the scope %r, so the model now holds the "
-                    "anchor's beside the last step's, which were not evaluated together. Evaluate it, or start anew.",
-                    self.config.scope,
-                )
-        elif self.average is not None:
-            self.average.put_in()
-
-    def _finishes_with_anchor(self) -> bool:
-        finishes = finishes_with_anchor(self.config, self.reset_state)
-        if self.config.finish == "anchor" and not finishes:
-            logger.info(
-                "Validation cannot tell the anchor of step %s from the last weights, which stay. More validation rows "
-                "would tell; a number for `patience` ends with the anchor all the same.",
-                self.reset_state.anchor_step,
-            )
-        return finishes
 
     def _new_average(self, decay: float, model: Any, optimizer: Any) -> Average:
         if not self.can_average:
@@ -295,12 +288,75 @@ class StochasticResetCallback(TrainerCallback):
     def _progress(self, run: Run, args: TrainingArguments) -> Progress:
         return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
 
-    def _move_anchor(self, state: TrainerState, margin: float | None) -> None:
+    def _observe(self, value: float, rows: Any, run: Run, step: int) -> tuple[bool, float | None]:
+        """Take a value in, and what its rows say: whether the anchor moves here, and how far its rows lie above."""
+        margins = Margins() if rows is None else run.evidence.margins(rows[0])
+        self.reset_state, moved = observe(
+            self.config,
+            self.reset_state,
+            value,
+            step,
+            greater_is_better=run.watch.greater_is_better,
+            worse=margins.worse,
+            learned=margins.learned,
+        )
+        if rows is not None:
+            run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
+            self.reset_state = replace(self.reset_state, learned=run.evidence.learned)
+        return moved, margins.worse
+
+    def _is_at_anchor(self, state: TrainerState) -> bool:
+        """Whether the live weights are the anchor's: the last step ended in a reset of all of them."""
+        is_full = self.store is not None and self.store.is_full
+        return is_full and self.reset_state.last_reset_step == state.global_step - 1
+
+    def _move_anchor(self, run: Run, state: TrainerState, live: dict[str, Any], margin: float | None) -> None:
         distance = None
         if self.store is not None:
+            changes = run.trained.changes(live["model"]) if run.trained is not None else []
+            if changes:
+                self._take_in(changes, live["model"], live["optimizer"])
             distance = self.store.distance() if self.store.is_set else None
             self.store.snapshot()
         self.record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
+
+    def _take_in(self, changes: list[str], model: Any, optimizer: Any) -> None:
+        """Parameters were unfrozen, frozen, added or replaced since the last anchor: the next is of those there are."""
+        if self.average is not None:
+            raise UnsupportedError(
+                f"`ema_decay` averages parameters of which {len(changes)} were unfrozen, frozen, added or replaced "
+                f"amid training, such as {changes[0]!r}. Do that before training, or set `ema_decay` to None."
+            )
+        logger.warning(
+            "Stochastic resetting: %s parameters were unfrozen, frozen, added or replaced since the last anchor, such "
+            "as %s. The anchor holds those of scope %r anew from here on.",
+            len(changes),
+            changes[0],
+            self.config.scope,
+        )
+        self.store = None  # give its memory back, before the next takes some
+        self.store = self._new_store(model, optimizer)
+
+    def _finish(self, args: TrainingArguments, state: TrainerState) -> str:
+        """Put the weights of the end in place, and say whose they are."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            return f"The model ends as `load_best_model_at_end` loaded it, from {state.best_model_checkpoint}."
+        has_anchor = self.store is not None and self.store.is_set
+        if self.store is not None and has_anchor and finishes_with_anchor(self.config, self.reset_state):
+            return narration.WITH_ANCHOR if self.store.finish() else narration.WITH_MIXTURE
+        if self.average is not None:
+            self.average.put_in()
+            return narration.WITH_AVERAGE
+        return narration.WITH_UNTOLD if has_anchor and self.config.finish == "anchor" else narration.WITH_LAST
+
+    def _say(self, state: TrainerState, text: str) -> None:
+        """One line on one process, at the level that is heard by default."""
+        if state.is_world_process_zero:
+            logger.warning("Stochastic resetting: %s", text)
+
+    def _tell(self, scalars: dict[str, float]) -> None:
+        if self.listener is not None:
+            self.listener(scalars)
 
     def _record_plan(self, state: TrainerState) -> None:
         """A choice of `probability="auto"`, where it is another than the last."""
@@ -324,6 +380,10 @@ class StochasticResetCallback(TrainerCallback):
         }
         self.events.append(record)
         record_event(state, record)
+        if kind == "reset" and distance is not None:
+            self._tell({"reset/jump": distance})
+        elif kind == "anchor" and self.reset_state.anchor_metric is not None:
+            self._tell({"reset/anchor": self.reset_state.anchor_metric})
 
     def _refuse_second_callback(self, state: TrainerState) -> None:
         other = getattr(state, "_stochastic_reset_callback", self)

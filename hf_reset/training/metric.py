@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_reset.anchor.ranks import from_first, world_size
 from hf_reset.errors import MetricError
+from hf_reset.metrics.directions import greater_is_better as greater_by_name
 from hf_reset.policy import ResetConfig, is_better
 
 logger = logging.getLogger(__name__)
@@ -33,18 +34,29 @@ class MetricWatch:
     min_delta: float = 0.0
 
     @classmethod
-    def of(cls, config: ResetConfig, args: TrainingArguments) -> MetricWatch:
+    def of(cls, config: ResetConfig, args: TrainingArguments, *, strict: bool = True) -> MetricWatch:
         """The metric of a configuration: as configured, else the Trainer's own, else the evaluation loss.
 
-        The direction likewise: as configured, else the Trainer's where it is its metric, else by name.
+        The direction likewise: as configured, else the Trainer's where it is its metric, else by its name.
+
+        Args:
+            config: the configuration.
+            args: the Trainer's arguments.
+            strict: whether a direction that is not known is an error; else it is "greater", as Trainer has it.
+
+        Raises:
+            MetricError: neither says the direction and the name does not tell it, or they contradict each other.
         """
-        key = _prefixed(config.metric or args.metric_for_best_model or "loss")
+        own = _prefixed(args.metric_for_best_model or "loss")
+        key = _prefixed(config.metric) if config.metric else own
         greater = config.greater_is_better
-        if greater is None and key == _prefixed(args.metric_for_best_model or "loss"):
-            greater = args.greater_is_better
         if greater is None:
-            greater = not key.endswith("loss")
-        return cls(key, greater, config.min_delta)
+            by_name = greater_by_name(key)
+            greater = args.greater_is_better if key == own else None
+            if strict:
+                _refuse_unclear(key, greater, by_name, is_set=greater != (not key.endswith("loss")))
+            greater = by_name if greater is None else greater
+        return cls(key, True if greater is None else greater, config.min_delta)
 
     def value_in(self, metrics: Mapping[str, Any]) -> float | None:
         """The metric among an evaluation's results, None where they lack it.
@@ -66,6 +78,22 @@ class MetricWatch:
     def is_better(self, value: float, best: float | None) -> bool:
         """Whether `value` is a new best: finite, and better than `best` (None: there is none yet)."""
         return is_better(value, best, greater_is_better=self.greater_is_better, min_delta=self.min_delta)
+
+    def is_trainers(self, args: TrainingArguments) -> bool:
+        """Whether Trainer chooses its own best by the same metric."""
+        return args.metric_for_best_model is not None and self.key == _prefixed(args.metric_for_best_model)
+
+    def refuse_no_evaluation(self, args: TrainingArguments) -> None:
+        """Without evaluations there is nothing to choose by.
+
+        Raises:
+            MetricError: none are scheduled.
+        """
+        if args.eval_strategy == "no":
+            raise MetricError(
+                f'`eval_strategy` is "no", so no evaluation can choose an anchor by {self.key!r}. Set '
+                '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
+            )
 
     def agree(self, metrics: dict[str, Any], args: TrainingArguments) -> None:
         """Let every rank have rank 0's value, where Trainer looks for its own best too: a collective.
@@ -92,6 +120,22 @@ class MetricWatch:
             metrics.pop(self.key, None)
         else:
             metrics[self.key] = agreed
+
+
+def _refuse_unclear(key: str, said: bool | None, by_name: bool | None, *, is_set: bool) -> None:
+    """`said` is what Trainer goes by, and `is_set` whether that is not merely its default for names without "loss"."""
+    if said is None and by_name is None:
+        raise MetricError(
+            f"`metric` {key!r} does not tell by its name whether greater is better. Set `greater_is_better` "
+            "(`reset_greater_is_better` among training arguments) to True or False."
+        )
+    if said is not None and by_name is not None and said != by_name and not is_set:
+        raise MetricError(
+            f"`metric` {key!r} is by its name one of which {'greater' if by_name else 'lower'} is better, and Trainer "
+            f"takes {'greater' if said else 'lower'} for better, as it does for every name that does not end in "
+            '"loss". Set `greater_is_better` in the training arguments, so that its best and the anchor agree (or in '
+            "ResetConfig, where that is meant)."
+        )
 
 
 def _prefixed(name: str) -> str:

@@ -59,6 +59,15 @@ class RefiningMixin(RowMemoryMixin):
         self._row_weights = None if row_weights is None else torch.as_tensor(row_weights, dtype=torch.float32)
         self._remembering: EarlyLearningRegularization | None = None
         super().__init__(*args, **kwargs)
+        self.follow_loss_arguments()
+
+    def follow_loss_arguments(self) -> None:
+        """Take over what the arguments say of the loss now: they may be set, or searched over, after construction.
+
+        Raises:
+            ConfigError: arguments that contradict one another.
+            UnsupportedError: a loss of the user's own, or label smoothing, beside one that is made here.
+        """
         self.refinement_config = self._configured(self.args)
         self._loss_options = self.args.loss_options() if isinstance(self.args, ResetArguments) else {}
         self._shift = shifts_labels(self.model) if self.model is not None and self._makes_loss() else None
@@ -67,6 +76,8 @@ class RefiningMixin(RowMemoryMixin):
             self._feeds_from_outputs = False
             # Set here, since SFTTrainer deprecates the constructor's argument.
             self.compute_loss_func = self._loss_of_rows
+        elif self.compute_loss_func == self._loss_of_rows:
+            self.compute_loss_func = None
 
     def rows_needed_by(self, args: Any) -> str | None:
         """As `RowMemoryMixin`'s: refinement, weights and losses that remember need rows."""
@@ -143,7 +154,7 @@ class RefiningMixin(RowMemoryMixin):
 
     def _refuse_other_losses(self) -> None:
         what = self.rows_needed_by(self.args) or "`reset_loss`"
-        if self.compute_loss_func is not None:
+        if self.compute_loss_func not in (None, self._loss_of_rows):
             raise UnsupportedError(
                 f"`compute_loss_func` and {what} would both make the loss. Name a loss of hf_reset.losses by "
                 "`reset_loss`, or leave the other out."

@@ -19,11 +19,11 @@ from hf_reset.policy import ResetConfig, ResetState
 from hf_reset.training.checkpoints import ANCHOR, AVERAGE, anchor_file, refuse_other_world_size
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import RowEvidence
+from hf_reset.training.metric import MetricWatch
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-    from hf_reset.training.metric import MetricWatch
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Progress:
             "seed": self.seed,
             "world_size": self.world_size,
             "config": asdict(self.config),
+            "metric": asdict(self.watch),
             "evidence": self.evidence.as_json(),
         }
 
@@ -136,16 +137,17 @@ def take_up(
         refuse_other_world_size(directory, args.world_size)
         _refuse_no_file(file)
     metadata = _load(file, store)
+    found: list[Progress] = []
     with together():
-        if metadata.get("trail") != _trail_digest(events):
-            raise AnchorFileError(
-                f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "
-                "records of resets differ. If the checkpoint lies elsewhere, name it: "
-                "`StochasticResetCallback(..., resume_from_checkpoint=...)`, or use `ResetTrainer`, which knows."
-            )
-    _say_changes(metadata, now)
-    evidence = RowEvidence.from_json(metadata["evidence"]) if "evidence" in metadata else now.evidence
-    return replace(now, state=ResetState.from_plain(metadata["state"]), events=events, evidence=evidence)
+        found.append(_read_progress(file, metadata, events))
+    before = found[0]
+    _say_changes(before, now)
+    if (before.watch.key, before.watch.greater_is_better) == (now.watch.key, now.watch.greater_is_better):
+        return replace(now, state=before.state, events=events, evidence=before.evidence)
+    # The best of another metric says nothing: the weights stay the anchor until this one has chosen.
+    was = before.state
+    kept = ResetState(anchor_step=was.anchor_step, resets=was.resets, last_reset_step=was.last_reset_step)
+    return replace(now, state=kept, events=events)
 
 
 def save_average(directory: str | Path, average: Average, args: TrainingArguments) -> None:
@@ -202,20 +204,72 @@ def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:
     return metadata
 
 
-def _say_changes(before: dict[str, Any], now: Progress) -> None:
-    if before["seed"] != now.seed:
-        logger.warning(
-            "Resuming with reset seed %s; the checkpoint was written with %s. Set `seed` to that to repeat it.",
-            now.seed,
-            before["seed"],
+def _read_progress(file: Path, metadata: dict[str, Any], events: list[dict[str, Any]]) -> Progress:
+    """The run that wrote a checkpoint.
+
+    Raises:
+        AnchorFileError: the file's header is not as `Progress.metadata` makes it, or that of another run.
+    """
+    try:
+        if metadata["trail"] != _trail_digest(events):
+            raise AnchorFileError(
+                f"The anchor file {str(file)!r} belongs to another run than the checkpoint being resumed: their "
+                "records of resets differ. If the checkpoint lies elsewhere, name it: "
+                "`StochasticResetCallback(..., resume_from_checkpoint=...)`, or use `ResetTrainer`, which knows."
+            )
+        _check_numbers({name: value for name, value in metadata["state"].items() if name not in ("plan", "values")})
+        _check_numbers({name: metadata[name] for name in ("seed", "world_size")})
+        return Progress(
+            state=ResetState.from_plain(metadata["state"]),
+            events=events,
+            config=ResetConfig(**metadata["config"]),
+            watch=MetricWatch(**metadata["metric"]),
+            seed=metadata["seed"],
+            world_size=metadata["world_size"],
+            evidence=RowEvidence.from_json(metadata["evidence"]),
         )
-    if before["world_size"] != now.world_size and now.watch.key.endswith("loss"):
+    except AnchorFileError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AnchorFileError(
+            f"The header of the anchor file {str(file)!r} is not as this version writes it ({type(error).__name__}: "
+            f"{error}). Another version wrote it, or it was changed: resume from another checkpoint, or start a new "
+            "run from the checkpoint's weights."
+        ) from None
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float, type(None))):
+            raise TypeError(f"{name} is {value!r}")
+
+
+def _say_changes(before: Progress, now: Progress) -> None:
+    """What a run is resumed with that is not as it was, field by field."""
+    was, is_now = asdict(before.config), asdict(now.config)
+    was |= {"metric": before.watch.key, "greater_is_better": before.watch.greater_is_better, "seed": before.seed}
+    is_now |= {"metric": now.watch.key, "greater_is_better": now.watch.greater_is_better, "seed": now.seed}
+    changed = [f"`{name}` {is_now[name]!r} (was {was[name]!r})" for name in was if is_now[name] != was[name]]
+    if changed:
+        logger.warning(
+            "Resuming with other resets than the checkpoint was written with: %s. The run goes on with the new "
+            "ones, and is not the one that it would have been.",
+            ", ".join(changed),
+        )
+    if before.watch.key != now.watch.key or before.watch.greater_is_better != now.watch.greater_is_better:
+        logger.warning(
+            "The best %s of before says nothing about %s: it is not kept. Resets begin anew, once evaluations have "
+            "chosen an anchor by it.",
+            before.watch.key,
+            now.watch.key,
+        )
+    if before.world_size != now.world_size and now.watch.key.endswith("loss"):
         logger.warning(
             "Resuming with %s processes a run of %s. Where a model's loss ignores `num_items_in_batch`, Trainer "
             "scales it by their number, so that %r and its best value may not be comparable. Choose another "
             "`metric`, such as an accuracy, or start from the weights alone.",
             now.world_size,
-            before["world_size"],
+            before.world_size,
             now.watch.key,
         )
 

@@ -1,47 +1,80 @@
-"""One call of `train()`: what the callback keeps of it, and what it refuses about its evaluations."""
+"""One call of `train()`: what the callback keeps for as long as it lasts."""
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments
+from transformers.optimization import GreedyLR
 
+from hf_reset.config import ResetConfig
 from hf_reset.errors import MetricError
 from hf_reset.training.evidence import RowEvidence
 from hf_reset.training.metric import MetricWatch
+from hf_reset.training.parameters import TrainedParameters
 
 
-@dataclass
 class Run:
     """One call of `train()`, from its beginning to its end.
+
+    Args:
+        config: the configuration.
+        args: the Trainer's arguments.
 
     Attributes:
         watch: the metric that chooses anchors.
         seed: of the draws.
+        chooses: whether an anchor is ever needed; else the run is the plain Trainer's.
         observed_step: steps done at the last evaluation taken in.
         saved_step: steps done at the last save of the anchor.
         seen: whether an evaluation since the last step had the metric.
         unseen: results of the evaluations since then that lacked it.
         ended: whether training is over, and further evaluations are none of its own.
         evidence: validation rows at the anchor and since, where evaluations leave some.
+        is_due: whether the Trainer's own evaluation is due, as the last batch of any evaluation found.
+        trained: the parameters that train; None where no anchor is kept.
+
+    Raises:
+        MetricError: the direction of the metric cannot be told.
     """
 
-    watch: MetricWatch
-    seed: int
-    observed_step: int = -1
-    saved_step: int = -1
-    seen: bool = False
-    unseen: set[str] = field(default_factory=set)
-    ended: bool = False
-    evidence: RowEvidence = field(default_factory=RowEvidence)
+    def __init__(self, config: ResetConfig, args: TrainingArguments) -> None:
+        self.chooses = config.needs_anchor
+        self.watch = MetricWatch.of(config, args, strict=self.chooses)
+        self.seed = args.seed if config.seed is None else config.seed
+        # Trainer looks for its own metric itself, and says it in its own words if that is missing.
+        self._is_trainers = self.watch.is_trainers(args)
+        self.observed_step = self.saved_step = -1
+        self.seen, self.unseen = False, set[str]()
+        self.ended = self.is_due = False
+        self.evidence = RowEvidence()
+        self.trained: TrainedParameters | None = None
+
+    def value_in(self, metrics: dict[str, Any], args: TrainingArguments) -> float | None:
+        """The metric of an evaluation, the same on every rank; None where it has none.
+
+        In the plain Trainer's run nothing is agreed on, and nothing about the metric is an error.
+        """
+        if not self.chooses:
+            with contextlib.suppress(MetricError):
+                return self.watch.value_in(metrics)
+            return None
+        self.watch.agree(metrics, args)
+        value = self.watch.value_in(metrics)
+        if value is None:
+            self._note_absence(metrics)
+        else:
+            self.seen = True
+        return value
 
     def begin_step(self) -> None:
         """Evaluations are complete; the next belong to another step."""
         self.unseen, self.seen = set(), False
 
-    def note_absence(self, metrics: Mapping[str, object]) -> None:
+    def _note_absence(self, metrics: dict[str, Any]) -> None:
         """One data set's results lack the metric: an error, unless another of a dict of them may have it."""
         self.unseen |= {name for name, value in metrics.items() if isinstance(value, numbers.Real) and name != "epoch"}
         if "eval_runtime" in metrics:  # the results of the one and only evaluation set
@@ -49,7 +82,7 @@ class Run:
 
     def refuse_unseen_metric(self) -> None:
         """An error once the evaluations since the last step are complete, and none had the metric."""
-        if self.seen or not self.unseen:
+        if self.seen or not self.unseen or self._is_trainers:
             return
         raise MetricError(
             f"`metric` {self.watch.key!r} is not among the evaluation's results, which are "
@@ -57,10 +90,11 @@ class Run:
         )
 
 
-def refuse_no_evaluation(watch: MetricWatch, args: TrainingArguments) -> None:
-    """An error where no evaluation is configured, so that none could choose an anchor."""
-    if args.eval_strategy == "no":
-        raise MetricError(
-            f'`eval_strategy` is "no", so no evaluation can choose an anchor by {watch.key!r}. Set '
-            '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
-        )
+def pass_over_once(schedule: Any) -> None:
+    """Let a learning rate that goes by the metric pass over the evaluation being reported.
+
+    It is one of weights just put back: no better than the best, which was theirs, and no sign that learning has come
+    to rest. Trainer steps such a schedule next, and has no other way to be told.
+    """
+    if isinstance(schedule, (ReduceLROnPlateau, GreedyLR)):
+        vars(schedule)["step"] = lambda *_: vars(schedule).pop("step")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PredictionOutput
 
 from hf_reset.anchor.ranks import gathered, together
@@ -23,6 +24,7 @@ from hf_reset.training.validation import row_source
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
 PRIVATE_HOOKS = {
+    "_hp_search_setup": "the first call after a search has set `reset_*` fields for a trial",
     "_run_epoch": "a run resumed from its very last step would take one step more; rows are shared after an epoch",
     "_get_dataloader": "all loaders come through it, and only there is the sampler made apart from the data set",
     "_prepare_for_training": "the last call before the first step that is told the checkpoint, where rows are refused",
@@ -52,6 +54,8 @@ class ResetTrainerMixin(RefiningMixin):
           classifiers begin on the evidence of validation rows.
         - `ema_decay`: the average is swapped in where the Trainer evaluates, predicts and saves. A checkpoint's model
           is the average; the live weights lie beside the anchor, for the resume.
+        - One scalar for each reset (`reset/jump`, how far the weights went) and each move of the anchor
+          (`reset/anchor`, its metric), sent to the reporters in `report_to` when it happens.
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
           the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
@@ -68,13 +72,16 @@ class ResetTrainerMixin(RefiningMixin):
         super().__init__(*args, **kwargs)
         self._discarded_step: int | None = None
         self._discarded_loss = torch.tensor(0.0)
+        self._from_arguments: StochasticResetCallback | None = None  # whose configuration follows the arguments
+        self._is_removed = False  # whether the user took the callback away
         if isinstance(self.args, ResetArguments):
             if self.reset_callback is not None:
                 raise ConfigError(
                     "`callbacks` has a StochasticResetCallback and `args` has `reset_*` fields, so two would reset. "
                     "Pass one: plain TrainingArguments with the callback, or ResetTrainingArguments without."
                 )
-            self.add_callback(StochasticResetCallback(self.args.reset_config()))
+            self._from_arguments = StochasticResetCallback(self.args.reset_config())
+            self.add_callback(self._from_arguments)
 
     @property
     def reset_callback(self) -> StochasticResetCallback | None:
@@ -87,20 +94,27 @@ class ResetTrainerMixin(RefiningMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`."""
-        if self.reset_callback is None:
+        if self.reset_callback is None and not self._is_removed:
             self.add_callback(StochasticResetCallback())
         if getattr(self.args, "reset_advice", True) and not self._has(ResetAdvisorCallback):
             self.add_callback(ResetAdvisorCallback())
-        assert self.reset_callback is not None
-        if self.reset_callback.rows is None:
-            self.reset_callback.rows = row_source(self, self.reset_callback.config)
-        self.reset_callback.can_average = True
+        self._make_ready()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):
             with together():  # before DeepSpeed meets its own shares of another world size
                 refuse_other_world_size(resume_from_checkpoint, self.args.world_size)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def remove_callback(self, callback: Any) -> None:
+        """As `Trainer.remove_callback`; without a reset callback this is the plain Trainer."""
+        super().remove_callback(callback)
+        self._note_removed(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """As `Trainer.pop_callback`; without a reset callback this is the plain Trainer."""
+        self._note_removed(callback)
+        return super().pop_callback(callback)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
@@ -127,9 +141,15 @@ class ResetTrainerMixin(RefiningMixin):
         """As `Trainer.log`, with the reset figures beside the training loss."""
         if self.reset_callback is not None and ("loss" in logs or "train_loss" in logs):
             logs.update(self.reset_callback.report(self.state.global_step))
+        if self._discarded_step == self.state.global_step - 1:
+            logs.pop("grad_norm", None)  # there was no gradient: 0 would be a lie
         super().log(logs, *args, **kwargs)
 
     # Of Trainer's own, see `PRIVATE_HOOKS`.
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self._make_ready()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -159,12 +179,40 @@ class ResetTrainerMixin(RefiningMixin):
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.reset_callback is None else self.reset_callback.averaged()
 
+    def _follow_arguments(self) -> None:
+        """Take over `reset_*` fields as they are now: they may be set, or searched over, after construction."""
+        if isinstance(self.args, ResetArguments) and self._from_arguments is not None:
+            self._from_arguments.config = self.args.reset_config()
+        self.follow_loss_arguments()
+
+    def _make_ready(self) -> None:
+        """What the callback cannot see to by itself."""
+        self._follow_arguments()
+        callback = self.reset_callback
+        if callback is None:
+            return
+        if callback.rows is None:
+            callback.rows = row_source(self, callback.config)
+        callback.can_average = True
+        callback.listener = self._report
+
+    def _report(self, scalars: dict[str, float]) -> None:
+        """Send what has just happened to the reporters, and to nobody who would take it for one of Trainer's logs."""
+        reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, reporters):
+                callback.on_log(self.args, self.state, self.control, logs=dict(scalars), model=self.model)
+
+    def _note_removed(self, callback: Any) -> None:
+        kind = callback if isinstance(callback, type) else type(callback)
+        self._is_removed = self._is_removed or issubclass(kind, StochasticResetCallback)
+
     def _newest_whole_checkpoint(self) -> str:
         found = gathered(last_whole_checkpoint(self.args.output_dir or "", world_size=self.args.world_size))
         if None in found:
             raise AnchorFileError(
-                f"`resume_from_checkpoint=True`, and there is no whole checkpoint in `output_dir` "
-                f"{self.args.output_dir!r}. Name a checkpoint directory, or start without it."
+                f"No valid checkpoint found in output directory ({self.args.output_dir}): none there is whole. Name a "
+                "checkpoint directory, or start without `resume_from_checkpoint`."
             )
         # Disks of several machines may hold different ones: the oldest is whole wherever it still is.
         return min(found, key=lambda path: int(path.split("-")[-1]))
