@@ -1,8 +1,9 @@
 """The Trainer's side. In reading order:
 
 * `metric`: which evaluation result chooses weights, and the same on every rank;
-* `callback`: the method, in any Trainer; `resume`: its anchor in a checkpoint;
-  `checkpoints`: which of these are whole;
+* `scheduled`: which evaluations are the Trainer's own; `parameters`: those that change amid training;
+* `callback`: the method, in any Trainer; `run`: what it keeps of one call of `train()`; `narration`: what it says;
+* `resume`: its anchor in a checkpoint; `checkpoints`: which of these are whole;
 * `arguments` and `trainer`: the same from the command line, with exact resume from anywhere; `sft`: for TRL;
 * `advisor`: says in the log what goes wrong with the resets;
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model; `memory`:

@@ -17,8 +17,8 @@ WITH_MIXTURE = (
 WITH_AVERAGE = "The model ends with the moving average."
 WITH_LAST = "The model ends with the weights of the last step."
 WITH_UNTOLD = (
-    "The model ends with the weights of the last step: validation cannot tell the anchor from them. More validation rows "
-    "would tell; a number for `patience` ends with the anchor all the same."
+    "The model ends with the weights of the last step: validation cannot tell the anchor from them. More validation "
+    "rows would tell; a number for `patience` ends with the anchor all the same."
 )
 
 
