@@ -158,7 +158,7 @@ class StochasticResetCallback(TrainerCallback):
         if moved:
             self._move_anchor(run, state, kwargs, margin)
         self._record_plan(state)
-        if self.reset_state.armed and not was_armed:
+        if self.config.can_reset and self.reset_state.armed and not was_armed:
             self._say(state, narration.beginning(self.config, self.reset_state, run.watch))
             self._tell({"reset/armed": 1.0})
 
