@@ -1,5 +1,7 @@
-"""The proof that resets are exact, optimizer by optimizer: `python tests/exactness.py` runs it over all that can be
-imported, and writes `recipes/results/exactness.json`, from which `python tests/readme_tables.py` draws the table.
+"""The proof that resets are exact, by optimizer and by PEFT method.
+
+`python tests/exactness.py` runs it over all that can be imported, and writes `recipes/results/exactness.json`, from
+which `python tests/readme_tables.py` draws the table.
 
 The step after a reset equals the step after the anchor, and so do the eleven after that, bit for bit in all weights,
 while the learning rate goes on its own way. Proved for a reset that restores the optimizer, for one from a file read
@@ -13,6 +15,7 @@ import importlib
 import importlib.metadata
 import json
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny import bert
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -51,11 +55,22 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer of a package, made for a model."""
+    """What is proved to be exact: an optimizer of a package, or a method of PEFT.
+
+    Attributes:
+        package: the package, by the name it is imported under.
+        name: its row in the table.
+        make: the optimizer for a model.
+        build: the model.
+        part: a regular expression for the part of the weights that goes back alone.
+        is_slow: whether it takes too long for CI.
+    """
 
     package: str
     name: str
-    make: Callable[[Net], Any]
+    make: Callable[[nn.Module], Any]
+    build: Callable[[], nn.Module] = Net
+    part: str = r"^hidden\."
     is_slow: bool = False
 
     @property
@@ -73,10 +88,10 @@ def seed_all(seed):
 class Run:
     """A model, its optimizer and its schedule, the same at every call."""
 
-    def __init__(self, make, model=None, ticks=0):
+    def __init__(self, case, model=None, ticks=0):
         seed_all(0)
-        self.model = Net() if model is None else model
-        self.optimizer = make(self.model)
+        self.model = case.build() if model is None else model
+        self.optimizer = case.make(self.model)
         self.schedule = LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.tick(ticks)
 
@@ -90,7 +105,8 @@ class Run:
         seed_all(seed)
         rows, labels = torch.randint(0, 40, (8, 6)), torch.randint(0, 3, (8,))
         self.optimizer.zero_grad()
-        nn.functional.cross_entropy(self.model(rows), labels).backward()
+        output = self.model(rows)
+        nn.functional.cross_entropy(getattr(output, "logits", output), labels).backward()
         self.optimizer.step()
         self.schedule.step()
 
@@ -100,7 +116,7 @@ class Run:
         return self
 
     def weights(self):
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def assert_equal_from_here(run, reference):
@@ -115,58 +131,58 @@ def assert_equal_from_here(run, reference):
     assert not all(torch.equal(started[name], ours[name]) for name in ours), "nothing was trained"
 
 
-def reference_at_the_anchor(make):
+def reference_at_the_anchor(case):
     """A run that stops at the anchor's step, while the schedule goes on as if it had not."""
-    reference = Run(make).steps(BEFORE)
+    reference = Run(case).steps(BEFORE)
     reference.tick(len(EXCURSION))
     return reference
 
 
-def prove_restore(make):
+def prove_restore(case):
     """A reset restores the optimizer; storage on the CPU is the same."""
-    run = Run(make)
+    run = Run(case)
     anchor = AnchorStore(run.model, run.optimizer, storage="cpu")
     run.steps(BEFORE)
     anchor.snapshot()
     run.steps(EXCURSION)
     anchor.restore()
-    assert_equal_from_here(run, reference_at_the_anchor(make))
+    assert_equal_from_here(run, reference_at_the_anchor(case))
 
 
-def prove_file(make):
+def prove_file(case):
     """The anchor's file, read into a run that was elsewhere."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(make)
+        run = Run(case)
         anchor = AnchorStore(run.model, run.optimizer)
         run.steps(BEFORE)
         anchor.snapshot()
         anchor.save(Path(folder) / "anchor")
-        other = Run(make).steps([*EXCURSION, *BEFORE])
+        other = Run(case).steps([*EXCURSION, *BEFORE])
         reread = AnchorStore(other.model, other.optimizer)
         reread.load(Path(folder) / "anchor")
     reread.restore()
-    assert_equal_from_here(other, reference_at_the_anchor(make))
+    assert_equal_from_here(other, reference_at_the_anchor(case))
 
 
-def prove_zero(make):
+def prove_zero(case):
     """A reset makes the optimizer as if new at the anchor's weights."""
-    run = Run(make)
+    run = Run(case)
     anchor = AnchorStore(run.model, run.optimizer, optimizer_state="zero")
     run.steps(BEFORE)
     anchor.snapshot()
     run.steps(EXCURSION)
     anchor.restore()
-    stopped = Run(make).steps(BEFORE)
+    stopped = Run(case).steps(BEFORE)
     for p in stopped.model.parameters():
         p.grad = None
         p._post_accumulate_grad_hooks = None  # of the optimizer that is left behind
-    assert_equal_from_here(run, Run(make, stopped.model, ticks=len(BEFORE) + len(EXCURSION)))
+    assert_equal_from_here(run, Run(case, stopped.model, ticks=len(BEFORE) + len(EXCURSION)))
 
 
-def prove_part(make):
+def prove_part(case):
     """A part goes back, weights and what the optimizer remembers of them; the rest and what is shared stays."""
-    run = Run(make)
-    part, whole = AnchorStore(run.model, run.optimizer, scope=r"^hidden\."), AnchorStore(run.model, run.optimizer)
+    run = Run(case)
+    part, whole = AnchorStore(run.model, run.optimizer, scope=case.part), AnchorStore(run.model, run.optimizer)
     run.steps(BEFORE)
     part.snapshot()
     whole.snapshot()
@@ -179,7 +195,7 @@ def prove_part(make):
     after = held(whole)
     moved = 0
     for key in then.keys() | now.keys():
-        expected = (then if key.name.startswith("hidden.") else now).get(key)
+        expected = (then if re.search(case.part, key.name) else now).get(key)
         assert (key in after) == (expected is not None), f"{key} came or went"
         if expected is not None:
             assert torch.equal(expected, after[key]), f"{key} is not what it should be"
@@ -196,10 +212,10 @@ def held(anchor):
 PROOFS = {"restore": prove_restore, "file": prove_file, "zero": prove_zero, "part": prove_part}
 
 
-def outcome(proof, make):
+def outcome(proof, case):
     """ "exact", or the words it was refused in."""
     try:
-        proof(make)
+        proof(case)
     except UnsupportedError as error:
         return f"refused: {error}"
     return "exact"
@@ -257,6 +273,49 @@ def lookahead(inner_name):
     return Case("pytorch_optimizer", f"Lookahead({inner_name})", make)
 
 
+def peft(name, cls=None, **options):
+    """A method of PEFT on a small BERT: adapters, and the classifier that PEFT trains beside them."""
+
+    def build():
+        import peft
+
+        config = getattr(peft, f"{cls or name}Config")(task_type="SEQ_CLS", **options)
+        return peft.get_peft_model(bert(), config)
+
+    def make(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    return Case("peft", name, make, build, part=r"classifier")
+
+
+LAYERS = {"target_modules": ["query", "value"]}
+PEFT = [
+    peft("LoRA", "Lora", r=2, **LAYERS),
+    peft("LoRA with dropout", "Lora", r=2, lora_dropout=0.1, **LAYERS),
+    peft("rsLoRA", "Lora", r=2, use_rslora=True, **LAYERS),
+    peft("DoRA", "Lora", r=2, use_dora=True, **LAYERS),
+    peft("PiSSA", "Lora", r=2, init_lora_weights="pissa", **LAYERS),
+    peft("AdaLoRA", "AdaLora", init_r=4, target_r=2, total_step=30, tinit=5, tfinal=5, **LAYERS),
+    peft("IA3", feedforward_modules=["value"], **LAYERS),
+    peft("OFT", oft_block_size=4, **LAYERS),
+    peft("OFT (coft)", "OFT", oft_block_size=4, coft=True, **LAYERS),
+    peft("BOFT", boft_block_size=4, **LAYERS),
+    peft("VeRA", "Vera", r=4, **LAYERS),
+    peft("LoHa", r=2, **LAYERS),
+    peft("LoKr", r=2, **LAYERS),
+    peft("FourierFT", n_frequency=8, **LAYERS),
+    peft("VB-LoRA", "VBLoRA", r=2, num_vectors=8, vector_length=4, **LAYERS),
+    peft("HRA", r=2, **LAYERS),
+    peft("RandLoRA", "RandLora", r=4, **LAYERS),
+    peft("SHiRA", "Shira", r=2, **LAYERS),
+    peft("MiSS", "Miss", r=2, **LAYERS),
+    peft("LN tuning", "LNTuning", target_modules=["LayerNorm"]),
+    peft("LoRA with trainable tokens", "Lora", r=2, trainable_token_indices=[1, 2, 3], **LAYERS),
+    peft("prompt tuning", "PromptTuning", num_virtual_tokens=3),
+    peft("P-tuning", "PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=8),
+    peft("prefix tuning", "PrefixTuning", num_virtual_tokens=3),
+]
+
 TORCH = "Adam AdamW NAdam RAdam Adamax Adadelta Adagrad RMSprop Rprop ASGD Adafactor"
 OPTIMI = "Adam AdamW Adan RAdam Ranger StableAdamW Lion SGD"
 PYTORCH_OPTIMIZER = (
@@ -292,6 +351,7 @@ CASES = [
     *[plain("bitsandbytes.optim", name) for name in BITSANDBYTES.split()],
     *[plain("dadaptation", name, lr=1.0) for name in DADAPTATION.split()],
     *[plain("torch_optimizer", name) for name in TORCH_OPTIMIZER.split()],
+    *PEFT,
 ]
 
 
@@ -309,11 +369,11 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    known = json.loads(options.results.read_text(encoding="utf-8"))["optimizers"] if options.packages else []
+    known = json.loads(options.results.read_text(encoding="utf-8"))["cases"] if options.packages else []
     records = {f"{record['package']}-{record['name']}": record for record in known}
     for case in CASES:
         if not options.packages or case.package in options.packages:
-            found = {name: outcome(proof, case.make) for name, proof in PROOFS.items()}
+            found = {name: outcome(proof, case) for name, proof in PROOFS.items()}
             records[case.id] = {"package": case.package, "version": version(case.package), "name": case.name, **found}
             print(case.id, *(f"{name}: {words}" for name, words in found.items()), sep="  ", flush=True)
     result = {
@@ -321,7 +381,7 @@ def main() -> None:
         "configuration": {"steps_before": len(BEFORE), "excursion": len(EXCURSION), "steps_compared": len(AFTER)},
         "environment": environment_record(torch.device("cpu")),
         "proofs": {name: " ".join((proof.__doc__ or "").split()) for name, proof in PROOFS.items()},
-        "optimizers": [records[case.id] for case in CASES if case.id in records],
+        "cases": [records[case.id] for case in CASES if case.id in records],
     }
     write_atomic(options.results, json.dumps(result, indent=2) + "\n")
 

@@ -83,9 +83,9 @@ def _survival(result: dict) -> str:
 def _exactness(result: dict) -> str:
     """A row a package: which of its optimizers are exact, and which are refused, wholly or in one use."""
     rows = []
-    for package, version in dict.fromkeys((one["package"], one["version"]) for one in result["optimizers"]):
+    for package, version in dict.fromkeys((one["package"], one["version"]) for one in result["cases"]):
         exact, refused = [], []
-        for one in result["optimizers"]:
+        for one in result["cases"]:
             uses = [use for use in result["proofs"] if one[use] != "exact"]
             if one["package"] == package and len(uses) < len(result["proofs"]):
                 exact.append(one["name"] + (f" (but {', '.join(uses)}: refused)" if uses else ""))

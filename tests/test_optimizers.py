@@ -47,7 +47,7 @@ def test_the_steps_after_a_reset_are_those_after_the_anchor(case):
     with warnings.catch_warnings():
         if case.package != "toy":
             warnings.simplefilter("ignore")  # of the package's own making
-        found = {name: outcome(proof, case.make) for name, proof in PROOFS.items()}
+        found = {name: outcome(proof, case) for name, proof in PROOFS.items()}
     if case.package == "toy":
         expected = dict.fromkeys(PROOFS, "exact")
         if "Slow" in case.name:
@@ -60,7 +60,7 @@ def test_the_steps_after_a_reset_are_those_after_the_anchor(case):
 
 RECORDS = {
     f"{record['package']}-{record['name']}": record
-    for record in json.loads(RESULTS.read_text(encoding="utf-8"))["optimizers"]
+    for record in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
 }
 
 
@@ -134,7 +134,7 @@ def test_what_the_schedule_and_the_user_own_goes_on():
 
 def test_a_partial_reset_leaves_what_the_group_shares():
     """The one rule: a full reset takes a group's numbers along, a partial one leaves them."""
-    run = Run(lambda model: toys.NumbersInGroups(model.parameters()))
+    run = Run(toy(toys.NumbersInGroups))
     part, full = AnchorStore(run.model, run.optimizer, scope="^head"), AnchorStore(run.model, run.optimizer)
     run.steps(BEFORE)
     group = run.optimizer.param_groups[0]
@@ -150,7 +150,7 @@ def test_a_partial_reset_leaves_what_the_group_shares():
 
 
 def test_bytes_are_those_of_all_tensors_it_remembers():
-    run = Run(lambda model: toys.ObjectsInState(model.parameters())).steps(range(1))
+    run = Run(toy(toys.ObjectsInState)).steps(range(1))
     anchor = AnchorStore(run.model, run.optimizer)
     each = sum(p.nbytes for p in run.model.parameters())
     assert anchor.nbytes == 2 * each  # the weights, and a basis of each
@@ -162,7 +162,7 @@ def test_bytes_are_those_of_all_tensors_it_remembers():
 
 
 def test_a_snapshot_keeps_no_tensor_alive_that_the_optimizer_lets_go_of():
-    run = Run(lambda model: toys.ObjectsInState(model.parameters())).steps(range(1))
+    run = Run(toy(toys.ObjectsInState)).steps(range(1))
     anchor = AnchorStore(run.model, run.optimizer)
     anchor.snapshot()
     old = weakref.ref(run.optimizer.state[run.model.head.bias]["projector"].basis.matrix)
@@ -172,31 +172,31 @@ def test_a_snapshot_keeps_no_tensor_alive_that_the_optimizer_lets_go_of():
 
 def test_a_file_needs_the_objects_that_the_optimizer_makes(tmp_path):
     """They are not made from a file, which would be running what it says."""
-    run = Run(lambda model: toys.ObjectsInState(model.parameters())).steps(BEFORE)
+    run = Run(toy(toys.ObjectsInState)).steps(BEFORE)
     anchor = AnchorStore(run.model, run.optimizer)
     anchor.snapshot()
     anchor.save(tmp_path / "anchor")
-    fresh = Run(lambda model: toys.ObjectsInState(model.parameters()))
+    fresh = Run(toy(toys.ObjectsInState))
     reread = AnchorStore(fresh.model, fresh.optimizer)
     reread.load(tmp_path / "anchor")
     with pytest.raises(AnchorError, match=r"ObjectsInState has not made its `projector of .*` yet.*or take a step"):
         reread.restore()
     fresh.steps(range(1))
     reread.restore()
-    reference = Run(lambda model: toys.ObjectsInState(model.parameters())).steps(BEFORE)
+    reference = Run(toy(toys.ObjectsInState)).steps(BEFORE)
     for name, p in fresh.model.named_parameters():
         assert torch.equal(p, reference.model.get_parameter(name))
 
 
 def test_zero_without_a_file_must_know_what_fresh_was():
     """A run resumed before its first anchor: Adam is known to begin with nothing, others are not."""
-    run = Run(lambda model: torch.optim.AdamW(model.parameters())).steps(BEFORE)
+    run = Run(toy(torch.optim.AdamW)).steps(BEFORE)
     anchor = AnchorStore(run.model, run.optimizer, optimizer_state="zero")
     anchor.refuse_unknown_fresh()
     anchor.snapshot()
     anchor.restore()
     assert not run.optimizer.state
-    run = Run(lambda model: toys.FromTheStart(model.parameters())).steps(BEFORE)
+    run = Run(toy(toys.FromTheStart)).steps(BEFORE)
     with pytest.raises(UnsupportedError, match=r'`optimizer_state="zero"` cannot go on .* FromTheStart was when fresh'):
         AnchorStore(run.model, run.optimizer, optimizer_state="zero").refuse_unknown_fresh()
 
