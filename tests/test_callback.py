@@ -403,3 +403,40 @@ def test_luby_lands_on_anchors(tmp_path):
     assert lands_on_anchors(reset, recorder)
     steps = steps_of(reset.events, "reset")
     assert [b - a for a, b in itertools.pairwise(steps)][:2] == [2, 4]
+
+
+class Rates(TrainerCallback):
+    """What the schedule was told: a value an evaluation, unless it was passed over."""
+
+    def __init__(self):
+        self.told = []
+
+    def on_train_begin(self, args, state, control, lr_scheduler, **kwargs):
+        step = type(lr_scheduler).step
+
+        def stepping(schedule, metrics, *more):
+            self.told.append((state.global_step, float(metrics)))
+            return step(schedule, metrics, *more)
+
+        lr_scheduler.__class__ = type("Told", (type(lr_scheduler),), {"step": stepping})
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_rate_that_goes_by_the_metric_passes_over_the_anchors_own_evaluations(tmp_path, schedule):
+    """Weights just put back cannot be better than themselves: that is no plateau."""
+    reset, rates = callback(), Rates()
+    plain_run(tmp_path, callback=reset, more_callbacks=[rates], lr_scheduler_type=schedule, eval_steps=1)
+    just_reset = {step + 1 for step in steps_of(reset.events, "reset")}
+    assert len(just_reset) > 2
+    assert [step for step, _ in rates.told] == [step for step in range(1, 16) if step not in just_reset]
+
+
+@pytest.mark.parametrize("sets", [{"a": VALIDATION, "b": VALIDATION}, VALIDATION], ids=["dict", "one"])
+def test_with_nothing_to_reset_no_metric_is_an_error(tmp_path, sets):
+    def log(folder, *callbacks):
+        args = arguments(tmp_path / folder)
+        trainer = Trainer(bert(), args, train_dataset=TRAIN, eval_dataset=sets, callbacks=list(callbacks))
+        trainer.train()
+        return without_times(trainer)
+
+    assert log("idle", callback(probability=0, finish="last", metric="quality")) == log("plain")

@@ -339,3 +339,11 @@ def test_a_sequence_without_rows_sees_a_turn():
 def test_the_state_survives_json():
     state = watched([1.0, 2.5])
     assert ResetState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = ResetConfig(
+        probability=np.float32(0.25), patience=np.int64(2), min_delta=np.float64(0.5), greater_is_better=np.bool_(True)
+    )
+    assert config == ResetConfig(probability=0.25, patience=2, min_delta=0.5, greater_is_better=True)
+    assert all(type(value).__module__ == "builtins" for value in (config.probability, config.patience))

@@ -284,3 +284,61 @@ def test_model_only_checkpoints_carry_no_anchor(tmp_path):
     ):
         files = [p.name for p in (Path(run[0].args.output_dir) / "checkpoint-6").iterdir()]
         assert "reset_anchor.safetensors" not in files
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reset_policy": "periodic"}, "`policy` 'periodic' (was 'bernoulli')"),
+        ({"reset_seed": 99}, "`seed` 99 (was 7)"),
+        ({"reset_probability": 0.25}, "`probability` 0.25 (was 0.5)"),
+        ({"reset_metric": "runtime", "reset_greater_is_better": True}, "`metric` 'eval_runtime' (was 'eval_loss')"),
+    ],
+)
+def test_what_is_resumed_otherwise_is_said_field_by_field(whole, tmp_path, caplog, change, said):
+    trainer, _ = whole["trainer"]
+    checkpoint = str(Path(trainer.args.output_dir) / "checkpoint-6")
+    resumed, _ = reset_run(tmp_path, resume=checkpoint, **{**SAVING, **RESET, **change})
+    assert said in caplog.text
+    later = [event for event in resumed.reset_callback.events if event["step"] > 6]
+    if "reset_metric" in change:  # the best loss would never be beaten by seconds, or always
+        assert "is not kept" in caplog.text
+        assert later[0]["kind"] == "anchor"
+        assert later[0]["step"] == 9
+        assert later[0]["metric"] == next(
+            record["eval_runtime"]
+            for record in resumed.state.log_history
+            if record["step"] == 9 and "eval_loss" in record
+        )
+
+
+def test_nothing_is_said_of_what_is_the_same(whole, tmp_path, caplog):
+    trainer, _ = whole["trainer"]
+    reset_run(tmp_path, resume=str(Path(trainer.args.output_dir) / "checkpoint-6"), **SAVING, **RESET)
+    assert "Resuming with" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda header: header.pop("state"),
+        lambda header: header.pop("trail"),
+        lambda header: header["state"].update(best="low"),
+        lambda header: header["state"].update(unknown=1),
+        lambda header: header["config"].update(probability=7),
+        lambda header: header.update(seed="seven"),
+        lambda header: header.update(evidence=3),
+        lambda header: header.update(metric=None),
+    ],
+)
+def test_a_tampered_header_is_an_error_of_our_own(whole, tmp_path, tamper):
+    trainer, _ = whole["trainer"]
+    shutil.copytree(Path(trainer.args.output_dir) / "checkpoint-6", tmp_path / "checkpoint-6")
+    file = tmp_path / "checkpoint-6" / "reset_anchor.safetensors"
+    with safe_open(file, framework="pt") as stored:
+        header = stored.metadata()
+    metadata = json.loads(header["metadata"])
+    tamper(metadata)
+    save_file(load_file(file), file, metadata={**header, "metadata": json.dumps(metadata)})
+    with pytest.raises(AnchorFileError, match=r"reset_anchor\.safetensors' is not as this version writes it"):
+        reset_run(tmp_path, resume=str(tmp_path / "checkpoint-6"), **SAVING, **RESET)

@@ -157,6 +157,91 @@ def test_the_private_hooks_are_those_on_the_list():
     assert {name for name in overridden if not name.startswith("__")} == set(PRIVATE_HOOKS)
 
 
+# Habits
+
+
+def test_fields_that_are_set_after_construction_take_effect(tmp_path):
+    trainer, _ = reset_run(tmp_path, train=False, reset_probability=0.0, reset_patience=0)
+    trainer.args.reset_probability = 1.0
+    trainer.args.reset_loss, trainer.args.reset_loss_options = "gce", '{"q": 1.0}'
+    trainer.train()
+    assert steps_of(trainer.reset_callback.events, "reset") == list(range(3, 15))
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    assert all(abs(loss - 2 / 3) < 0.1 for loss in losses)  # 1 − p of three classes, near chance
+
+
+def test_a_field_that_is_set_wrong_after_construction_is_refused(tmp_path):
+    trainer, _ = reset_run(tmp_path, train=False, **RESET)
+    trainer.args.reset_policy = "sometimes"
+    with pytest.raises(ConfigError, match="`policy` must be one of"):
+        trainer.train()
+
+
+def test_a_search_over_fields_is_a_search(tmp_path):
+    """As Trainer does it for each trial, without a search library: fields are set just before training."""
+    trainer, _ = reset_run(tmp_path, train=False, reset_probability=0.0, reset_patience=0)
+    found = {}
+    for probability in (0.0, 1.0):
+
+        class Setting(type(trainer)):
+            def _hp_search_setup(self, trial, probability=probability):
+                self.args.reset_probability = probability
+                super()._hp_search_setup(trial)
+
+        trainer.__class__ = Setting
+        trainer.train()
+        found[probability] = len(steps_of(trainer.reset_callback.events, "reset"))
+        trainer.__class__ = Setting.__mro__[1]
+    assert found == {0.0: 0, 1.0: 12}
+
+
+@pytest.mark.parametrize("way", ["remove", "pop", "plain-arguments"])
+def test_a_callback_that_was_taken_away_stays_away(tmp_path, way):
+    if way == "plain-arguments":
+        trainer = ResetTrainer(bert(), arguments(tmp_path), train_dataset=TRAIN, eval_dataset=VALIDATION)
+    else:
+        trainer, _ = reset_run(tmp_path, train=False, **RESET)
+    (trainer.pop_callback if way == "pop" else trainer.remove_callback)(StochasticResetCallback)
+    trainer.train()
+    assert trainer.reset_callback is None
+    assert not any("reset/count" in record for record in trainer.state.log_history)
+
+
+def test_no_gradient_norm_is_logged_for_a_step_without_gradients(tmp_path):
+    trainer, _ = reset_run(tmp_path, **RESET)
+    skipped = {step + 1 for step in steps_of(trainer.reset_callback.events, "reset")}
+    norms = {h["step"]: h.get("grad_norm") for h in trainer.state.log_history if "loss" in h}
+    assert len(skipped) > 2
+    assert {step for step, norm in norms.items() if norm is None} == skipped
+    assert all(norm > 0 for norm in norms.values() if norm is not None)
+
+
+def test_reporters_get_one_scalar_for_each_reset_and_anchor_move(tmp_path):
+    trainer, _ = reset_run(tmp_path, report_to="tensorboard", reset_optimizer_state="keep", **RESET)
+    (run,) = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
+    accumulator = EventAccumulator(str(run))
+    accumulator.Reload()
+    events = trainer.reset_callback.events
+    for tag, kind, value in (("reset/jump", "reset", "distance"), ("reset/anchor", "anchor", "metric")):
+        name = next(name for name in accumulator.Tags()["scalars"] if name.endswith(tag))
+        drawn = [(scalar.step, scalar.value) for scalar in accumulator.Scalars(name)]
+        wanted = [(event["step"], event[value]) for event in events if event["kind"] == kind]
+        assert [step for step, _ in drawn] == [step for step, _ in wanted]
+        assert [number for _, number in drawn] == pytest.approx([number for _, number in wanted], rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"q": 0.7}, '{"q": 0.7}'])
+def test_options_of_a_loss_may_be_a_mapping(tmp_path, options):
+    args = arguments(tmp_path, ResetTrainingArguments, reset_loss="gce", reset_loss_options=options)
+    assert args.loss_options() == {"q": 0.7}
+
+
+@pytest.mark.parametrize("wrong", [["gce"], 3, {"gce": 1}])
+def test_a_loss_of_a_wrong_type_is_an_error_of_our_own(tmp_path, wrong):
+    with pytest.raises(ConfigError, match="`reset_loss` must be one of"):
+        arguments(tmp_path, ResetTrainingArguments, reset_loss=wrong)
+
+
 # TRL
 
 
