@@ -193,7 +193,7 @@ def test_a_truncated_anchor_is_passed_over_or_refused(whole, tmp_path):
 
 
 def test_no_whole_checkpoint_is_said(tmp_path):
-    with pytest.raises(AnchorFileError, match="there is no whole checkpoint in `output_dir`"):
+    with pytest.raises(AnchorFileError, match=r"^No valid checkpoint found in output directory \("):
         reset_run(tmp_path, resume=True, **SAVING, **RESET)
 
 
