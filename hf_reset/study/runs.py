@@ -105,7 +105,7 @@ def study_callbacks(training_arguments: TrainingArguments, results: Results) -> 
     """What every run of a study is watched by.
 
     The results file, with the configuration, is there from the first step on: a study that is taken up in its first
-    run is held to it. Progress shows in bars on a terminal; elsewhere (a log file, CI) in a line an evaluation.
+    run is held to it. Progress shows as `quiet_unless_terminal` says.
 
     Args:
         training_arguments: `disable_tqdm` is set where there is no terminal.
@@ -114,13 +114,27 @@ def study_callbacks(training_arguments: TrainingArguments, results: Results) -> 
     Returns:
         Callbacks to hand to each Trainer.
     """
-    from datasets import disable_progress_bars
     from transformers import TrainerCallback
-    from transformers.utils.logging import disable_progress_bar
 
     class ResultsFromTheStart(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             results.save()
+
+    return [ResultsFromTheStart(), *quiet_unless_terminal(training_arguments)]
+
+
+def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[TrainerCallback]:
+    """Progress in bars on a terminal; elsewhere (a log file, CI) in a line an evaluation.
+
+    Args:
+        training_arguments: `disable_tqdm` is set where there is no terminal.
+
+    Returns:
+        Callbacks to hand to each Trainer.
+    """
+    from datasets import disable_progress_bars
+    from transformers import TrainerCallback
+    from transformers.utils.logging import disable_progress_bar
 
     class EvaluationLines(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,11 +143,11 @@ def study_callbacks(training_arguments: TrainingArguments, results: Results) -> 
                 print(f"  step {state.global_step}/{state.max_steps}: validation loss {loss:.4f}", flush=True)
 
     if sys.stderr.isatty():
-        return [ResultsFromTheStart()]
+        return []
     disable_progress_bars()
     disable_progress_bar()
     training_arguments.disable_tqdm = True
-    return [ResultsFromTheStart(), EvaluationLines()]
+    return [EvaluationLines()]
 
 
 def resume_point(training: Any, args: Any) -> str | None:

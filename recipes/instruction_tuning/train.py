@@ -152,16 +152,18 @@ def arguments_class(argv: Sequence[str]) -> type:
 
 
 def check(options: InstructionTuningArguments, training: Any) -> None:
-    """Refuse what can be seen from the options alone.
+    """Refuse what can be seen from the options alone, before anything is trained.
 
     Raises:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
+    from hf_reset.losses.by_name import named_loss
     from hf_reset.study.models import refuse_4bit
 
     if options.loss is not None:
+        named_loss(options.loss)  # refused by the name of the option that was given
         training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
-    training.loss_options()  # what it refuses is to be refused before anything is trained
+    training.loss_options()
     if options.load_in_4bit:
         refuse_4bit(options.model_name_or_path is None or options.full_finetuning)
 
