@@ -4,6 +4,7 @@
 * `environment`: where a run took place, and its peak memory;
 * `tables`: tables of mean ± standard deviation, and the report around them;
 * `plots`: the figure (matplotlib is imported only when one is drawn);
+* `reading`: how the arms compare, and whether validation could choose, in words;
 * `classification` and `instructions`: the report of each recipe, with its columns and curves;
 * `model_card`: the card of a saved model;
 * `suspects`: the report of `hf-reset find-errors`;

@@ -9,8 +9,9 @@ from typing import Any
 from hf_reset.files import write_atomic
 from hf_reset.report.model_card import write_model_card
 from hf_reset.report.plots import Panel, plot_runs
+from hf_reset.report.reading import Measure, choice_caveats, compare_arms, never_reset
 from hf_reset.report.results import Results
-from hf_reset.report.tables import RESETS, Column, Record, markdown_report, print_summary
+from hf_reset.report.tables import RESETS, Column, Record, markdown_report, named_as_known, print_summary
 
 COLUMNS = (
     Column("test_accuracy_last", "clean test accuracy, last"),
@@ -48,17 +49,21 @@ def write_report(results: Results) -> Path:
     kind = "trusted labels" if validation_label not in (None, label) else kind
     panels, title = _panels(kind, clean_known), title_of(asked)
     figure = plot_runs(results.records, panels, results.path.with_name("curves.png"), title=title)
+    columns = named_as_known(COLUMNS, clean_known)
     report = markdown_report(
         results.as_dict(),
-        COLUMNS,
+        columns,
         title=title,
         chosen_by=chosen_by(label, validation_label, clean_known=clean_known),
         figure=figure.name,
-        sections={"Reading": reading(results.records), "What was measured": _MEASURED},
+        sections={
+            "Reading": reading(results.records, clean=clean_known),
+            "What was measured": _MEASURED + (_LOOKED_AT if clean_known else ""),
+        },
     )
     path = write_atomic(results.path.with_name("report.md"), report)
     _complete_cards(results)
-    print_summary(results.records, COLUMNS)
+    print_summary(results.records, columns)
     print(f"{path} has the report, {results.path} every number.")
     return path
 
@@ -115,8 +120,11 @@ def title_of(asked: Record) -> str:
 _MEASURED = (
     "The test was read once, after training: by the weights of the last step (those that training left, somewhere on "
     "an excursion where resets were on) and by the best evaluated ones. Memorised: the share of the mislabelled "
-    "training rows that the last weights give their wrong label back. The accuracy curve is on the clean labels behind "
-    "the validation rows, where they are known; it is there to be looked at and chose nothing."
+    "training rows that the last weights give their wrong label back."
+)
+_LOOKED_AT = (
+    " The accuracy curve is on the clean labels behind the validation rows; it is there to be looked at and chose "
+    "nothing."
 )
 
 
@@ -128,22 +136,20 @@ def chosen_by(label: str, validation_label: str | None, *, clean_known: bool) ->
             "Do not set these results beside some that were chosen on noisy labels."
         )
     kind = "noisy like the training labels" if clean_known else "as given, like the training labels"
-    return f"validation labels {kind} (column {label!r}). No clean label chose anything."
+    return f"validation labels {kind} (column {label!r}).{' No clean label chose anything.' if clean_known else ''}"
 
 
-def reading(records: Sequence[Record]) -> str:
-    """Which regime the study was in: noise that resets hold off, or noise that validation shares.
+def reading(records: Sequence[Record], *, clean: bool = True) -> str:
+    """How the arms compare, and which regime the study was in: noise that resets hold off, or that validation shares.
 
     A model that errs on nothing agrees with noisy validation labels as often as these are right. One that agrees
     clearly more often has learnt the mistakes themselves: then they are systematic.
     """
-    lines = []
-    resets = [record["resets"] for record in records if record["can_reset"]]
-    if resets and max(resets) == 0:
-        lines.append(
-            "Resets never began: validation went on improving to the end. The run was too short to overfit, or the "
-            "noise is of a kind that validation shares."
-        )
+    lines, verdicts = compare_arms(records, _measure(clean))
+    caveats = choice_caveats(records)
+    lines += caveats
+    if (never := never_reset(records)) is not None:
+        lines.append(never)
     systematic = [record for record in records if _learnt_the_noise(record)]
     if systematic:
         agreement = max(record["validation_accuracy_best"] for record in systematic)
@@ -154,9 +160,17 @@ def reading(records: Sequence[Record]) -> str:
             "It has learnt the mistakes themselves. Noisy validation cannot see a bias that it shares, so resetting "
             "does not help against this noise; a small trusted set can (`--validation_label_column`)."
         )
-    if not lines and resets:
-        lines.append("Validation turned while training went on: the regime in which resetting can help.")
-    return "\n\n".join(lines) or "No reset arm was run."
+    if any(record["can_reset"] for record in records):
+        if not (never or systematic or caveats) and verdicts <= {"better"}:
+            lines.append("Validation turned while training went on: the regime in which resetting can help.")
+    else:
+        lines.append("No reset arm was run.")
+    return "\n\n".join(lines)
+
+
+def _measure(clean: bool) -> Measure:
+    name = f"{'Clean' if clean else 'Held-out'} test accuracy"
+    return Measure("test_accuracy", name, "points", scale=100, tie=0.005, is_share=True)
 
 
 def _learnt_the_noise(record: Record) -> bool:
@@ -165,7 +179,10 @@ def _learnt_the_noise(record: Record) -> bool:
 
 
 def _panels(kind: str, clean_known: bool) -> list[Panel]:
-    final: dict[str, Any] = {"final": "test_accuracy_last", "final_label": "clean test, last step"}
+    final: dict[str, Any] = {
+        "final": "test_accuracy_last",
+        "final_label": f"{'clean' if clean_known else 'held-out'} test, last step",
+    }
     if clean_known:
         accuracy = Panel("clean_accuracy", "Clean accuracy on validation rows (chose nothing)", "accuracy", **final)
     else:

@@ -7,8 +7,18 @@ from pathlib import Path
 
 from hf_reset.files import write_atomic
 from hf_reset.report.plots import Panel, plot_runs
+from hf_reset.report.reading import Measure, choice_caveats, compare_arms, never_reset
 from hf_reset.report.results import Results
-from hf_reset.report.tables import RESETS, Column, Record, arms_of, markdown_report, markdown_table, print_summary
+from hf_reset.report.tables import (
+    RESETS,
+    Column,
+    Record,
+    arms_of,
+    markdown_report,
+    markdown_table,
+    named_as_known,
+    print_summary,
+)
 
 COLUMNS = (
     Column("test_loss_last", "clean test loss, last"),
@@ -34,11 +44,13 @@ def write_report(results: Results) -> Path:
         The report's path.
     """
     records, asked = results.records, results.configuration
-    columns = [column for column in COLUMNS if any(record.get(column.key) is not None for record in records)]
+    clean = asked["noise_rate"] > 0  # of responses as they came, nobody said that they are
+    measured = [column for column in COLUMNS if any(record.get(column.key) is not None for record in records)]
+    columns = named_as_known(measured, clean)
     title = title_of(asked)
     figure = plot_runs(records, _panels(asked), results.path.with_name("curves.png"), title=title)
-    sections = {"Reading": reading(records)}
-    if samples := samples_table(records):
+    sections = {"Reading": reading(records, clean=clean)}
+    if samples := samples_table(records, clean=clean):
         sections["Generated at the last step"] = samples
     report = markdown_report(
         results.as_dict(),
@@ -65,23 +77,31 @@ def title_of(asked: Record) -> str:
     return f"Instruction tuning, {data}, {noise}"
 
 
-def reading(records: Sequence[Record]) -> str:
-    """What the numbers say about the regime, in plain words."""
+def reading(records: Sequence[Record], *, clean: bool = True) -> str:
+    """How the arms compare, and what the numbers say about the regime, in plain words."""
     without = [record for record in records if not record["can_reset"]]
-    resets = [record["resets"] for record in records if record["can_reset"]]
-    lines = []
+    lines, verdicts = compare_arms(records, _measure(clean))
+    caveats = choice_caveats(records)
+    lines += caveats
     if without and all(record["test_loss_last"] <= record["test_loss_best"] + 0.02 for record in without):
         lines.append(
             "The plain arm did not overfit: its last weights are as good as its best. Train longer, with a larger "
             "learning rate or rank, to see what resets are for."
         )
-    if resets and max(resets) == 0:
-        lines.append("Resets never began: validation kept improving to the end.")
-    return " ".join(lines) or "Validation turned while training went on: the regime in which resets can help."
+    if (never := never_reset(records)) is not None:
+        lines.append(never)
+    if not (never or caveats) and verdicts <= {"better"} and any(record["can_reset"] for record in records):
+        lines.append("Validation turned while training went on: the regime in which resets can help.")
+    return "\n\n".join(lines) or "No reset arm was run."
 
 
-def samples_table(records: Sequence[Record]) -> str:
-    """Prompts and clean responses, with what each arm generates, from the first seed."""
+def _measure(clean: bool) -> Measure:
+    name = f"{'Clean' if clean else 'Held-out'} test loss"
+    return Measure("test_loss", name, "nats a token", higher_is_better=False, tie=0.02)
+
+
+def samples_table(records: Sequence[Record], *, clean: bool = True) -> str:
+    """Prompts and held-out responses, with what each arm generates, from the first seed."""
     first = [record for record in records if record["seed"] == records[0]["seed"] and record.get("samples")]
     if not first:
         return ""
@@ -90,13 +110,14 @@ def samples_table(records: Sequence[Record]) -> str:
     for place, sample in enumerate(first[0]["samples"]):
         texts = [sample["prompt"], sample["clean"], *(arms[arm][place]["generated"] for arm in arms)]
         rows.append([" ".join(text.split())[:160] for text in texts])
-    return markdown_table(["prompt", "clean response", *arms], rows)
+    return markdown_table(["prompt", f"{'clean' if clean else 'held-out'} response", *arms], rows)
 
 
 def _panels(asked: Record) -> list[Panel]:
     noisy = "noisy" if asked["noise_rate"] else "responses as given"
     memory = "loss on clean - loss on given, nats a token"
-    title = "Loss on clean held-out responses\n(a diagnostic, chose nothing)"
+    clean = "clean " if asked["noise_rate"] else ""
+    title = f"Loss on {clean}held-out responses\n(a diagnostic, chose nothing)"
     return [
         Panel("validation_loss", f"Validation loss ({noisy})", "nats a token", marks_resets=True),
         Panel("response_memory", "Memory of wrong responses", memory),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 Record: TypeAlias = Mapping[str, Any]
@@ -34,6 +34,13 @@ COST_COLUMNS = (
     Column("train_seconds", "train seconds", digits=0),
     Column("peak_memory_bytes", "peak memory, MiB", digits=0, scale=2**-20),
 )
+
+
+def named_as_known(columns: Sequence[Column], clean: bool) -> list[Column]:
+    """Columns whose heading says "clean" only where somebody said that the labels or responses are; else "held-out"."""
+    return [
+        column if clean else replace(column, heading=column.heading.replace("clean", "held-out")) for column in columns
+    ]
 
 
 def arms_of(records: Sequence[Record]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, concatenate_datasets
+from scipy.special import log_softmax
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
@@ -125,10 +126,51 @@ def validation_metrics(data: ClassificationData) -> Callable[[EvalPrediction], d
     return compute
 
 
+def paired_gain(last: np.ndarray, best: np.ndarray, labels: Sequence[int]) -> dict[str, float | int | None]:
+    """What the best evaluation gained over the last step on the same validation rows, and its paired standard error.
+
+    Args:
+        last: logits of the last step's weights, shape (N, K).
+        best: of the best evaluated, shape (N, K).
+        labels: those of validation, shape (N,).
+
+    Returns:
+        `validation_rows`; `validation_gain`, mean cross-entropy of the last less that of the best, in nats; its
+        standard error `validation_gain_error`, None for one row.
+    """
+    at_labels = (np.arange(len(labels)), np.asarray(labels))
+    losses = [-log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)[at_labels] for logits in (last, best)]
+    gains = losses[0] - losses[1]
+    error = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
+    return {
+        "validation_rows": len(gains),
+        "validation_gain": float(gains.mean()),
+        "validation_gain_error": error,
+    }
+
+
+def validation_gain(trainer: Any, best: Any, rows: Dataset) -> dict[str, float | int | None]:
+    """`paired_gain` of a run's best evaluated weights.
+
+    Args:
+        trainer: after training, with the last step's weights.
+        best: a `BestWeightsCallback`.
+        rows: tokens of the validation rows.
+    """
+    last = logits_of(trainer.predict(rows).predictions)
+    with best.swapped():
+        chosen = logits_of(trainer.predict(rows).predictions)
+    return paired_gain(last, chosen, list(rows["label"]))
+
+
 def predicted_classes(predictions: Any) -> np.ndarray:
     """Class numbers, shape (N,), from logits of shape (N, K), or from a tuple that begins with them."""
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    return np.asarray(logits).argmax(axis=-1)
+    return np.asarray(logits_of(predictions)).argmax(axis=-1)
+
+
+def logits_of(predictions: Any) -> np.ndarray:
+    """Logits (N, K), or what a tuple of predictions begins with."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 def prepare_classification(

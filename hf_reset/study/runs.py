@@ -208,6 +208,7 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
     return {
         "can_reset": callback.config.can_reset,
         "resets": callback.reset_state.resets,
+        "armed_step": callback.reset_state.armed_step,
         "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
         "steps": trainer.state.global_step,
         "best_step": best.step,

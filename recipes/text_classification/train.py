@@ -176,7 +176,7 @@ def train_and_measure(
 
     from hf_reset import ResetTrainer
     from hf_reset.study.arms import arguments_of
-    from hf_reset.study.classification import validation_metrics, watch_memory
+    from hf_reset.study.classification import validation_gain, validation_metrics, watch_memory
     from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run
 
     fresh_engine()
@@ -200,6 +200,7 @@ def train_and_measure(
     record |= measure(trainer, data, splits, "last")
     with best.swapped():
         record |= measure(trainer, data, splits, "best")
+    record |= validation_gain(trainer, best, splits["validation"])
     record |= trajectory(trainer, data, best)
     if options.save_model:
         save_final_model(trainer, training.reset_finish, best, f"{args.output_dir}/model", record, options)
@@ -216,8 +217,7 @@ def measure(
     def classes_of(rows: Any) -> Any:
         return predicted_classes(trainer.predict(rows).predictions)
 
-    test, truth = classes_of(splits["test"]), list(data.test["clean_label"])
-    memory = None
+    test, truth, memory = classes_of(splits["test"]), list(data.test["clean_label"]), None
     if len(data.mislabelled):
         rows = data.train.select(data.mislabelled)
         classes = classes_of(splits["train"].select(data.mislabelled))
@@ -241,6 +241,7 @@ def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> di
         "validation_accuracy_best": at_best[0] if at_best else None,
         "validation_labels_right": data.validation_labels_right,
         "train_rows": len(data.train),
+        "test_rows": len(data.test),
         "train_mislabelled": len(data.mislabelled),
     }
 
