@@ -6,5 +6,6 @@
 * `models`: models and tokenizers by name, and their adapters;
 * `arms`: the ways of training that are set beside one another;
 * `runs`: the loop over arms and seeds, and training, watching and saving one run;
+* `comparison` and `tail`: many methods on many data sets, and the upper layers of an encoder that they train;
 * `find_errors`: the wrong labels in a file, from one run on it.
 """

@@ -322,8 +322,7 @@ def measure(
     if len(sample):
         prompts, references = list(sample["prompt"]), list(sample["clean_response"])
         made = generate_responses(model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, batch_size=size)
-        scored = generation_scores(made, references)
-        record |= {f"{name}_{weights}": value for name, value in scored.items()}
+        record |= {f"{name}_{weights}": value for name, value in generation_scores(made, references).items()}
         if weights == "last":
             record["samples"] = [
                 {"prompt": prompt[-1]["content"], "clean": clean, "generated": text}
