@@ -43,6 +43,10 @@ def launch(
     script: str | Path, *arguments: str, processes: int = 2, timeout: float = 240, python: str = sys.executable, **env
 ) -> Run:
     """Run `script` in `processes` processes; after `timeout` seconds all of them are killed."""
+    if python != sys.executable:
+        # DeepSpeed compiles its gloo kernel at the first launch. Two environments that share the user's cache would
+        # each compile it anew, and wait for ever on the lock of a build that was killed.
+        env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(python).parent.parent / "torch_extensions"))
     started = time.monotonic()
     process = subprocess.Popen(
         command(script, *arguments, processes=processes, python=python),
