@@ -201,6 +201,11 @@ def give_up_gathered(model: nn.Module) -> None:
         _reshard(unit)
 
 
+def has_units(model: nn.Module) -> bool:
+    """Whether FSDP has wrapped the model, or parts of it."""
+    return bool(_fsdp_units(model))
+
+
 def _fsdp_units(model: nn.Module) -> list[FSDPModule | FullyShardedDataParallel]:
     return [module for module in model.modules() if isinstance(module, (FSDPModule, FullyShardedDataParallel))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_reset.anchor.scopes import named_parameters, unwrapped
-from hf_reset.anchor.shards import give_up_gathered
+from hf_reset.anchor.shards import has_units
 
 
 class TrainedParameters:
@@ -22,12 +22,13 @@ class TrainedParameters:
         self._known = _trained(model)
 
     def changes(self, model: nn.Module) -> list[str]:
-        """Names of those that came, went or were replaced since the last call. Under FSDP, gathered weights go."""
+        """Names of those that came, went or were replaced since the last call; under FSDP, that came or went."""
         before, self._known = self._known, _trained(model)
         names = [*before, *(name for name in self._known if name not in before)]
-        return [name for name in names if before.get(name) is not self._known.get(name)]
+        return [name for name in names if before.get(name, ...) is not self._known.get(name, ...)]
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    give_up_gathered(model)
-    return {name: p for name, p in named_parameters(unwrapped(model)).items() if p.requires_grad}
+def _trained(model: nn.Module) -> dict[str, nn.Parameter | None]:
+    """By name; FSDP shows other objects while weights are gathered, and giving these up would cost a gather more."""
+    named, sharded = named_parameters(unwrapped(model)), has_units(model)
+    return {name: None if sharded else p for name, p in named.items() if p.requires_grad}
