@@ -84,7 +84,7 @@ class BestWeightsCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: dict[str, Any] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         """Copy the weights if they are a new best."""
         if self._watch is None or self.store is None or metrics is None or not is_scheduled():
