@@ -46,7 +46,8 @@ def rows(tmp_path_factory):
             words = " ".join(chance.choice([f"w{kind}{k}" for k in range(5)] + ["the", "of"]) for _ in range(8))
             texts.write(json.dumps({"text": words, "label": "abc"[kind]}) + "\n")
             pairs.write(
-                json.dumps({"prompt": f"colour {kind}", "completion": "red blue green".split()[kind] * 3}) + "\n"
+                json.dumps({"prompt": f"colour {kind} in row {row}", "completion": "red blue green".split()[kind] * 3})
+                + "\n"
             )
     return folder
 
