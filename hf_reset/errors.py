@@ -44,3 +44,14 @@ class NoEffectWarning(UserWarning):
 
 class WeakEvidenceWarning(UserWarning):
     """A figure says less than it seems: it rests on too few rows, or on rows of one class."""
+
+
+def refuse_below_one(**counts: int) -> None:
+    """Refuse counts that are below 1, by the names they are given under.
+
+    Raises:
+        ConfigError: the first of them that is.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"`{name}` must be at least 1, got {value}.")

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.diagnostics.modes import refuse_sharded
-from hf_reset.errors import ConfigError, DataError
+from hf_reset.errors import ConfigError, DataError, refuse_below_one
 from hf_reset.planner.excursions import Entry
 
 LEVEL = 0.9  # of the intervals
@@ -182,9 +182,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
     """
 
     def __init__(self, *, lag: int = 1, excursions: int = 50) -> None:
-        for name, value in (("lag", lag), ("excursions", excursions)):
-            if value < 1:
-                raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+        refuse_below_one(lag=lag, excursions=excursions)
         self.lag, self.keep = lag, excursions
         self.walks: list[list[float]] = []
         self.distances: list[float] = []

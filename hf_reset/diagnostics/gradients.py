@@ -25,7 +25,7 @@ from hf_reset.anchor.scopes import named_parameters, select_parameters, unwrappe
 from hf_reset.diagnostics.diffusion import NoiseScale, noise_scale_of_strata
 from hf_reset.diagnostics.label_memory import accepted_columns, default_collator_of
 from hf_reset.diagnostics.modes import evaluation_mode, generators_kept, refuse_sharded
-from hf_reset.errors import ConfigError, DataError, ScopeError
+from hf_reset.errors import DataError, ScopeError, refuse_below_one
 from hf_reset.losses.by_name import cross_entropy, logits_of, shifts_labels
 from hf_reset.planner.excursions import Entry
 
@@ -163,9 +163,7 @@ class GradientPartsCallback(TrainerCallback):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         batch_size: int = 32,
     ) -> None:
-        for name, value in (("every", every), ("sample", sample), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+        refuse_below_one(every=every, sample=sample, batch_size=batch_size)
         self.every, self.batch_size, self.data_collator = every, batch_size, data_collator
         self.parts = _stratified(dataset, sample, seed)
         self._batches: list[list[tuple[dict[str, Tensor], Tensor]]] = []

@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_reset.anchor.scopes import unwrapped
 from hf_reset.diagnostics.modes import evaluation_mode, generators_kept
-from hf_reset.errors import ConfigError, DataError
+from hf_reset.errors import DataError, refuse_below_one
 from hf_reset.metrics.functions import label_memory
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ class LabelMemoryCallback(TrainerCallback):
         data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
         batch_size: int = 64,
     ) -> None:
-        for name, value in (("every", every), ("sample", sample), ("batch_size", batch_size)):
-            if value < 1:
-                raise ConfigError(f"`{name}` must be at least 1, got {value}.")
+        refuse_below_one(every=every, sample=sample, batch_size=batch_size)
         self.every = every
         self.batch_size = batch_size
         self.data_collator = data_collator

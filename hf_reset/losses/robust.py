@@ -234,13 +234,7 @@ def soft_bootstrapping_rows(logits: Tensor, labels: Tensor, *, beta: float = 0.9
         Scott Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", 2014,
         eq. 6, https://arxiv.org/abs/1412.6596.
     """
-    _check_share(beta)
-
-    def rows(logits: Tensor, labels: Tensor) -> Tensor:
-        log_p = logits.log_softmax(dim=1)
-        return -beta * log_p.gather(1, labels[:, None])[:, 0] - (1.0 - beta) * (log_p.exp() * log_p).sum(dim=1)
-
-    return in_chunks(rows, logits, labels)
+    return _bootstrapped(logits, labels, beta, lambda log_p: (log_p.exp() * log_p).sum(dim=1))
 
 
 def hard_bootstrapping_rows(logits: Tensor, labels: Tensor, *, beta: float = 0.8) -> Tensor:
@@ -261,11 +255,16 @@ def hard_bootstrapping_rows(logits: Tensor, labels: Tensor, *, beta: float = 0.8
         Scott Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", 2014,
         eq. 7, https://arxiv.org/abs/1412.6596.
     """
+    return _bootstrapped(logits, labels, beta, lambda log_p: log_p.amax(dim=1))
+
+
+def _bootstrapped(logits: Tensor, labels: Tensor, beta: float, own: Callable[[Tensor], Tensor]) -> Tensor:
+    """−β log p_y − (1 − β) times what the prediction says of itself, `own` of its log-probabilities (n, C)."""
     _check_share(beta)
 
     def rows(logits: Tensor, labels: Tensor) -> Tensor:
         log_p = logits.log_softmax(dim=1)
-        return -beta * log_p.gather(1, labels[:, None])[:, 0] - (1.0 - beta) * log_p.amax(dim=1)
+        return -beta * log_p.gather(1, labels[:, None])[:, 0] - (1.0 - beta) * own(log_p)
 
     return in_chunks(rows, logits, labels)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_reset.errors import DataError
+from hf_reset.report.plots import new_figure, save_figure
 from hf_reset.report.tables import Record, markdown_table, mean_and_sd
 
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
@@ -194,13 +195,9 @@ def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = N
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
     """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     baseline, settings = baseline_of(records), settings_of(records)
     lines = [one for one in lines_of(records) if (one.arm, one.reading) != ("plain", "last")]
-    figure = Figure(figsize=(8.5, 0.42 * len(lines) + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
     axis = figure.subplots()
     palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
     for height, one in enumerate(reversed(lines)):
@@ -224,10 +221,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
     if title:
         figure.suptitle(title, fontsize=11)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _cell(seeds: Mapping[int, float] | None) -> str:

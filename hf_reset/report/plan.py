@@ -20,6 +20,7 @@ from hf_reset.planner.plan import (
     hazard,
     improvements_per_interval,
 )
+from hf_reset.report.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,11 +53,7 @@ def plot_plan(excursions: Sequence[Excursion], interval: int, advice: Recommenda
         advice: what `recommend` made of them.
         path: where the picture goes, its suffix says the format; its folder is made if need be.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
+    figure = new_figure(8.8, 3.6)
     left, right = figure.subplots(1, 2)
     counts = counts_of(excursions, interval)
     _draw_hazard(left, counts, interval)
@@ -65,10 +62,7 @@ def plot_plan(excursions: Sequence[Excursion], interval: int, advice: Recommenda
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.legend(frameon=False, fontsize=8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def wilson(hits: float, trials: float, z: float = 1.645) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from hf_reset.report.tables import Record, arms_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by all common forms of colour vision; dashes tell arms apart in grey.
 _WITHOUT_RESETS = (("#D55E00", (0, (5, 2))), ("#E69F00", (0, (1, 1))), ("#CC79A7", "dashdot"))
@@ -76,11 +77,7 @@ def plot_runs(
     if not drawn:
         names = ", ".join(panel.series for panel in panels)
         raise DataError(f"no record has a curve to draw: `history` holds none of {names}.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(drawn), 3.7), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
+    figure = new_figure(4.2 * len(drawn), 3.7)
     axes = figure.subplots(1, len(drawn), squeeze=False)[0]
     styles = arm_styles(records)
     for axis, panel in zip(axes, drawn, strict=True):
@@ -90,10 +87,7 @@ def plot_runs(
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def curves_figure(
@@ -109,11 +103,7 @@ def curves_figure(
             value; or two keys, of the lower and upper edge of a band.
         path: where the picture goes, its suffix says the format; its folder is made if need be.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * len(panels), 3.5), layout="constrained")
-    FigureCanvasAgg(figure)  # drawn without pyplot: no global state, no display
+    figure = new_figure(4.2 * len(panels), 3.5)
     for axis, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, keys in lines.items():
             first, last = (keys, keys) if isinstance(keys, str) else keys
@@ -129,6 +119,21 @@ def curves_figure(
         axis.set_ylabel(unit, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=7)
+    return save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, to be drawn without pyplot: no global state, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure, its suffix says the format; its folder is made if need be. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
