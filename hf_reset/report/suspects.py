@@ -69,7 +69,7 @@ def write_suspects_report(
     path = Path(path)
     if path.suffix not in (".html", ".md"):
         raise ConfigError(f"`report` {str(path)!r} must end in .html or .md.")
-    worst = table[table["is_label_issue"]].sort_values("rank").head(_WORST)
+    worst = table.loc[table["is_label_issue"]].sort_values(by="rank").head(_WORST)
     cells = [[str(row), *_told(line)] for row, line in zip(worst.index, worst.to_dict("records"), strict=True)]
     summary, confusions = summary_lines(table, noise, run, notes), confusion_rows(noise, names)
     picture = confusion_picture(noise, names)
@@ -138,7 +138,7 @@ def confusion_picture(noise: NoiseEstimate, names: Sequence[str]) -> bytes | Non
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [_cut(names[one], 18) for one in shown]
+    labels = [_cut(names[one], 18) for one in shown.tolist()]
     axis.set_xticks(range(len(shown)), labels, rotation=60, ha="right", fontsize=8)
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     for (given, true), share in np.ndenumerate(shares):

@@ -130,7 +130,7 @@ def run(*, rows: int, validation: int, every: int, rate: float, arm: str, seed: 
         num_attention_heads=2,
         intermediate_size=128,
         max_position_embeddings=LENGTH,
-        num_labels=CLASSES,
+        id2label={label: str(label) for label in range(CLASSES)},
     )
     trainer = ResetTrainer(
         BertForSequenceClassification(config),
