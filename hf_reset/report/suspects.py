@@ -138,7 +138,7 @@ def confusion_picture(noise: NoiseEstimate, names: Sequence[str]) -> bytes | Non
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    labels = [_cut(names[one], 18) for one in shown.tolist()]
+    labels = [_cut(names[one], 18) for one in map(int, shown)]
     axis.set_xticks(range(len(shown)), labels, rotation=60, ha="right", fontsize=8)
     axis.set_yticks(range(len(shown)), labels, fontsize=8)
     for (given, true), share in np.ndenumerate(shares):
