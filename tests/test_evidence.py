@@ -39,6 +39,12 @@ def test_two_evaluations_are_averaged_and_a_reset_forgets_them():
     assert evidence.moved(second, None).margins(first).worse == paired_margin(first, second)
 
 
+def test_weights_just_put_back_are_no_worse_than_themselves():
+    """Not unknown: the sequence of values, which stands in for unknown margins, may well lie above its best."""
+    rows = np.random.default_rng(4).random(30)
+    assert RowEvidence().moved(rows, None).margins(rows.copy()).worse == 0.0
+
+
 def test_no_anchor_or_another_evaluation_set_says_nothing():
     rows = np.arange(5.0)
     assert RowEvidence().margins(rows).worse is None

@@ -68,7 +68,8 @@ class RowEvidence:
         """What an evaluation with these rows says of itself and of the anchor."""
         if self.anchor is None or self.anchor.shape != rows.shape:
             return Margins()  # no anchor yet, or the evaluation set is another one now
-        return Margins(paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor), self.learned)
+        worse = paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor)
+        return Margins(0.0 if worse is None else worse, self.learned)  # None: weights just put back, no worse
 
     def seen(self, rows: _Rows) -> RowEvidence:
         """With one more evaluation that the anchor did not move to."""
