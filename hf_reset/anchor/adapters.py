@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import AnchorError, AnchorFileError, ConfigError, UnsupportedError
 from hf_reset.files import move_flushed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -96,7 +99,7 @@ def load_adapter_anchor(
             parameter.copy_(value)
 
 
-def _adapter_of(model: nn.Module, adapter: str | None) -> tuple[Any, str]:
+def _adapter_of(model: nn.Module, adapter: str | None) -> tuple[PeftModel, str]:
     from peft import PeftModel
 
     peft_model = unwrapped(model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_reset.anchor.optimizers.memory import OptimizerMemory
 from hf_reset.anchor.scopes import (
@@ -25,7 +26,7 @@ _PASSING = (*_STATE, "gathered")  # kinds that may not be there at a given momen
 _REST = "rest-"  # before the kind of what lies outside the scope
 
 
-Live: TypeAlias = Mapping["Key", Any]
+Live: TypeAlias = Mapping["Key", Tensor | float]
 """Where what an anchor holds lives: this rank's tensors, in place, and an optimizer's plain numbers."""
 
 
@@ -94,7 +95,9 @@ class LiveViews:
         UnsupportedError: the model's layout or the optimizer is one in which a reset could not be exact.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any = None, scope: Scope = "all", *, rest: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None = None, scope: Scope = "all", *, rest: bool = False
+    ) -> None:
         self._model = unwrapped(model)
         give_up_gathered(model)
         refuse_part_of_flat(model, scope)
@@ -221,7 +224,7 @@ class Copy:
         for targets, sources in groups.values():
             torch._foreach_lerp_(targets, sources, weight)  # pyright: ignore[reportPrivateImportUsage]
 
-    def room(self, value: Any, used: Tensor | None = None) -> Tensor:
+    def room(self, value: Tensor | float, used: Tensor | None = None) -> Tensor:
         """Memory for one value (a number is copied into it at once): `used` where that fits."""
         if not isinstance(value, Tensor):
             return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
@@ -235,7 +238,7 @@ class Copy:
         return torch.empty(value.shape, dtype=dtype, device=device, pin_memory=pinned)
 
     def _pairs(self, live: Live) -> list[tuple[Tensor, Tensor]]:
-        return [(live[key], held) for key, held in self.held.items() if isinstance(live.get(key), Tensor)]
+        return [(value, held) for key, held in self.held.items() if isinstance(value := live.get(key), Tensor)]
 
     def _wait_for(self, sources: Iterable[Tensor]) -> None:
         """A copy from CUDA to pinned memory has landed only once the device has caught up."""

@@ -10,7 +10,6 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,7 +99,7 @@ def _metadata(directory: Path) -> Metadata:
         ) from None
 
 
-def _do(directory: Path, verb: str, action: Callable[[], Any]) -> None:
+def _do(directory: Path, verb: str, action: Callable[[], object]) -> None:
     """Run a collective of `torch.distributed.checkpoint`, whose own error is no Exception, on every rank."""
     try:
         action()

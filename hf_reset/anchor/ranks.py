@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hf_reset.errors import ResetError
+
+_T = TypeVar("_T")
 
 
 def world_size() -> int:
@@ -21,11 +23,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: _T) -> list[_T]:
     """The `value` of every rank, in rank order: one collective of small picklable values."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
 

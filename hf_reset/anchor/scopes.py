@@ -131,7 +131,7 @@ def _plain(name: str) -> str:
 
 def _base(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """The task model inside PEFT, and the base model (encoder or decoder) inside that, if it has one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
+    inner = getattr(model, "get_base_model", lambda: model)()
     base = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
     return inner, base if isinstance(base, nn.Module) and base is not inner else None
 
@@ -160,12 +160,12 @@ def _head(model: nn.Module, named: dict[str, nn.Parameter]) -> set[str]:
 
 def _refuse_tied_head(inner: nn.Module, named: dict[str, nn.Parameter], scope: str) -> None:
     """A trainable output layer tied to the embeddings cannot go back without them."""
-    output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # pyright: ignore
+    output = getattr(inner, "get_output_embeddings", lambda: None)()
     weight = getattr(output, "weight", None)
     if weight is None or not weight.requires_grad:
         return
     tied = next((name for name, p in named.items() if p is weight), None)
-    embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None  # pyright: ignore
+    embeddings = getattr(inner, "get_input_embeddings", lambda: None)()
     if tied is not None and getattr(embeddings, "weight", None) is weight:
         raise ScopeError(
             f"`scope` {scope!r} would reset the output head of {type(inner).__name__}, which is tied to the input "

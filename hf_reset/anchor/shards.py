@@ -7,15 +7,20 @@ copy of these views and a reset is one copy back; neither ever communicates.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.optim import Optimizer
 
+from hf_reset.config import Scope
 from hf_reset.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # What a rank holds of each parameter: all of it, rows in a DTensor, or a piece of a flat tensor.
 Layout: TypeAlias = Literal["whole", "rows", "flat"]
@@ -33,7 +38,9 @@ class Shards:
         optimizer: a torch optimizer, with or without accelerate's wrapper; None where only weights matter.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Optimizer | None = None
+    ) -> None:
         self.parameters = parameters
         self._optimizer = unwrapped_optimizer(optimizer)
         self._fsdp = _fsdp_units(model)
@@ -78,7 +85,12 @@ class Zero12Shards(Shards):
     """
 
     def __init__(
-        self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None, *, full: bool = True
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Optimizer | None = None,
+        *,
+        full: bool = True,
     ) -> None:
         super().__init__(model, parameters, optimizer)
         self.layout = "flat"
@@ -88,12 +100,12 @@ class Zero12Shards(Shards):
         """The whole weight that the forward reads ("parameter"), and this rank's slice of its master."""
         return {"parameter": self.parameters[name].data, "master": self._slice(name, self._partition(name))}
 
-    def optimizer_state(self, name: str) -> dict[str, Any]:
+    def optimizer_state(self, name: str) -> dict[str, Tensor | float]:
         """Slices of the flat state; the step count too where the scope is full."""
         partition = self._partition(name)
         if partition is None or self._optimizer is None:
             return {}
-        entries: dict[str, Any] = {}
+        entries: dict[str, Tensor | float] = {}
         for key, value in self._optimizer.state.get(partition, {}).items():
             if isinstance(value, Tensor) and value.shape == partition.shape:
                 entries[key] = self._slice(name, value)
@@ -101,10 +113,10 @@ class Zero12Shards(Shards):
                 entries[key] = value
         return entries
 
-    def put_optimizer_state(self, name: str, key: str, value: Any) -> None:
+    def put_optimizer_state(self, name: str, key: str, value: Tensor | float) -> None:
         """Set a number of the partition, or make a flat entry that the optimizer has not made yet."""
         partition = self._partition(name)
-        if partition is None:
+        if partition is None or self._optimizer is None:
             return
         state = self._optimizer.state[partition]
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -117,7 +129,9 @@ class Zero12Shards(Shards):
     def _partition(self, name: str) -> Tensor | None:
         """The flat master that holds this rank's slice of a parameter; None where it holds none."""
         mapping = self.parameters[name]._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
-        return None if mapping is None else self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        if mapping is None or self._optimizer is None:
+            return None
+        return self._optimizer.param_groups[mapping.param_group_index]["params"][0]
 
     def _slice(self, name: str, flat: Tensor | None) -> Tensor:
         """The part of a flat tensor that belongs to a parameter; empty where this rank has none."""
@@ -174,7 +188,7 @@ class Zero3Shards(Zero12Shards):
 
 
 def shards_of(
-    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None, *, full: bool = True
+    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Optimizer | None = None, *, full: bool = True
 ) -> Shards:
     """The views that fit how `model` is laid out.
 
@@ -223,7 +237,7 @@ def _reshard(unit: FSDPModule | FullyShardedDataParallel) -> None:
     handle._prefetched = False
 
 
-def refuse_part_of_flat(model: nn.Module, scope: Any) -> None:
+def refuse_part_of_flat(model: nn.Module, scope: Scope) -> None:
     """FSDP1 without original parameters has one tensor a unit: it can only be reset whole."""
     if scope != "all" and any(isinstance(p, FlatParameter) for p in model.parameters()):
         raise UnsupportedError(
@@ -233,7 +247,7 @@ def refuse_part_of_flat(model: nn.Module, scope: Any) -> None:
         )
 
 
-def refuse_lost_state(model: nn.Module, optimizer: Any) -> None:
+def refuse_lost_state(model: nn.Module, optimizer: Optimizer | None) -> None:
     """At a resume: under FSDP1, accelerate loads from a sharded checkpoint what a new optimizer has, nothing."""
     raw = unwrapped_optimizer(optimizer)
     if not any(isinstance(unit, FullyShardedDataParallel) for unit in _fsdp_units(model)) or raw is None or raw.state:
@@ -247,7 +261,9 @@ def refuse_lost_state(model: nn.Module, optimizer: Any) -> None:
         )
 
 
-def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
+def refuse_unsupported(
+    model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: Optimizer | None = None
+) -> None:
     """Say in words what cannot be done, on every rank alike, before anything is stored."""
     refuse_unsupported_zero(parameters, optimizer)
     sharded = [name for name, p in parameters.items() if isinstance(p, DTensor)]
@@ -265,7 +281,7 @@ def refuse_unsupported(model: nn.Module, parameters: dict[str, nn.Parameter], op
         )
 
 
-def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Any = None) -> None:
+def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Optimizer | None = None) -> None:
     """Under DeepSpeed, only those of its optimizers are right whose masters can be reached in memory."""
     in_zero = any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in parameters.values())
     if in_zero and optimizer is None:
@@ -296,12 +312,12 @@ def refuse_unsupported_zero(parameters: dict[str, nn.Parameter], optimizer: Any 
         )
 
 
-def unwrapped_optimizer(optimizer: Any) -> Any:
+def unwrapped_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
     """The optimizer inside the wrappers of accelerate and DeepSpeed; a wrapper of the user's own is the user's."""
     return None if optimizer is None else list(_chain(optimizer))[-1]
 
 
-def _chain(optimizer: Any) -> Iterator[Any]:
+def _chain(optimizer: Optimizer | None) -> Iterator[Optimizer]:
     """An optimizer and what it wraps, from the outside in, as far as the wrappers are the host's."""
     while optimizer is not None:
         yield optimizer
@@ -315,20 +331,20 @@ def _is_gathered(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
-def whole_state(accelerator: Any, wrapped: Any) -> dict[str, Tensor]:
+def whole_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor]:
     """A model's whole state dict, on rank 0 at least; a collective, to be called on every rank.
 
     Args:
         accelerator: the Trainer's.
         wrapped: the model as it prepared it (`trainer.model_wrapped`).
     """
-    state = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 gathers on rank 0 only
+    state: Any = accelerator.get_state_dict(wrapped) or {}  # ZeRO-3 gathers on rank 0 only
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], *, non_blocking: bool = False) -> None:
     """Copy each source (second) into its target (first), in one fused call per device and dtype."""
-    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         key = (target.device, target.dtype, source.device, source.dtype)
         targets, sources = groups.setdefault(key, ([], []))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_reset.anchor.copies import Copy, Key, LiveViews
 from hf_reset.anchor.file import Header, Shapes, read_copy, write_copy
@@ -56,7 +57,7 @@ class AnchorStore:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Any = None,
+        optimizer: Optimizer | None = None,
         scope: Scope = "all",
         optimizer_state: Literal["restore", "zero", "keep"] = "restore",
         storage: Literal["device", "cpu"] = "device",
@@ -200,7 +201,7 @@ class AnchorStore:
             self._swapped = False
             self._exchange()
 
-    def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None) -> None:
         """Write the anchor, whole or not at all: a safetensors file, of this rank's share where it is sharded.
 
         Under FSDP2 all ranks call it with one path, which becomes a `torch.distributed.checkpoint` directory.

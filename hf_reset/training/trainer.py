@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
@@ -92,7 +92,7 @@ class ResetTrainerMixin(RefiningMixin):
     def _has(self, kind: type[TrainerCallback]) -> bool:
         return any(isinstance(callback, kind) for callback in self.callback_handler.callbacks)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`; True resumes from the newest whole checkpoint in `output_dir`."""
         if self.reset_callback is None and not self._is_removed:
             self.add_callback(StochasticResetCallback())
@@ -106,17 +106,17 @@ class ResetTrainerMixin(RefiningMixin):
                 refuse_other_world_size(resume_from_checkpoint, self.args.world_size)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def remove_callback(self, callback: Any) -> None:
+    def remove_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """As `Trainer.remove_callback`; without a reset callback this is the plain Trainer."""
         super().remove_callback(callback)
         self._note_removed(callback)
 
-    def pop_callback(self, callback: Any) -> Any:
+    def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
         """As `Trainer.pop_callback`; without a reset callback this is the plain Trainer."""
         self._note_removed(callback)
         return super().pop_callback(callback)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor | object], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
             return self._running_loss()
@@ -147,7 +147,7 @@ class ResetTrainerMixin(RefiningMixin):
 
     # Of Trainer's own, see `PRIVATE_HOOKS`.
 
-    def _hp_search_setup(self, trial: Any) -> None:
+    def _hp_search_setup(self, trial: object) -> None:
         super()._hp_search_setup(trial)
         self._make_ready()
 
@@ -157,7 +157,7 @@ class ResetTrainerMixin(RefiningMixin):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object, *args: Any, **kwargs: Any) -> None:
         directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (directory / "trainer_state.json").unlink(missing_ok=True)
@@ -203,13 +203,14 @@ class ResetTrainerMixin(RefiningMixin):
             if isinstance(callback, reporters):
                 callback.on_log(self.args, self.state, self.control, logs=dict(scalars), model=self.model)
 
-    def _note_removed(self, callback: Any) -> None:
+    def _note_removed(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         kind = callback if isinstance(callback, type) else type(callback)
         self._is_removed = self._is_removed or issubclass(kind, StochasticResetCallback)
 
     def _newest_whole_checkpoint(self) -> str:
-        found = gathered(last_whole_checkpoint(self.args.output_dir or "", world_size=self.args.world_size))
-        if None in found:
+        newest = gathered(last_whole_checkpoint(self.args.output_dir or "", world_size=self.args.world_size))
+        found = [path for path in newest if path is not None]
+        if len(found) < len(newest):
             raise AnchorFileError(
                 f"No valid checkpoint found in output directory ({self.args.output_dir}): none there is whole. Name a "
                 "checkpoint directory, or start without `resume_from_checkpoint`."

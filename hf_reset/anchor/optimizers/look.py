@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -45,7 +45,7 @@ class Look(NamedTuple):
     objects: dict[Place, Any]
 
 
-def look(optimizer: Any, reach: Reach, *, with_state: bool = True) -> Look:
+def look(optimizer: Optimizer, reach: Reach, *, with_state: bool = True) -> Look:
     """What an optimizer remembers now, as far as a scope reaches.
 
     Args:
@@ -64,14 +64,14 @@ def look(optimizer: Any, reach: Reach, *, with_state: bool = True) -> Look:
 class _Walk:
     """One walk. Everything is seen once, at the first place where it is met."""
 
-    def __init__(self, optimizer: Any, reach: Reach) -> None:
+    def __init__(self, optimizer: Optimizer, reach: Reach) -> None:
         self._name = type(optimizer).__name__
         self._reach = reach
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, object] = {}
         self.tensors: dict[Place, Tensor] = {}
         self.objects: dict[Place, Any] = {}
 
-    def optimizer(self, optimizer: Any, at: Place, *, with_state: bool = True) -> Form:
+    def optimizer(self, optimizer: Optimizer, at: Place, *, with_state: bool = True) -> Form:
         """An optimizer: inner ones first, whose constructor arguments say what in a common group is the user's."""
         self._seen[id(optimizer)] = optimizer
         here = at.into("self")
@@ -85,7 +85,7 @@ class _Walk:
                 parts[f"param_groups:{index}"] = self._mapping(group, at.into("param_groups").into(str(index)), users)
         return ["optimizer", parts]
 
-    def see(self, value: Any, at: Place) -> Form:
+    def see(self, value: object, at: Place) -> Form:
         """Whatever stands at a place."""
         if isinstance(value, Tensor):
             return self._tensor(value, at)
@@ -106,7 +106,7 @@ class _Walk:
             return ["object", {name: self.see(part, at.into(escaped(name))) for name, part in fields_of(value)}]
         return self._leaf(value, at) if self._reach.holds(at) else KEEP
 
-    def _leaf(self, value: Any, at: Place) -> Form:
+    def _leaf(self, value: object, at: Place) -> Form:
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
             self.tensors[at] = torch.from_numpy(value) if value.flags.writeable else torch.tensor(value)
             return ["array"]
@@ -135,7 +135,7 @@ class _Walk:
         self.tensors[at] = local
         return ["tensor", local.device.type]
 
-    def _mapping(self, mapping: MutableMapping[Any, Any], at: Place, users: frozenset[str] | None = None) -> Form:
+    def _mapping(self, mapping: Mapping[Any, object], at: Place, users: frozenset[str] | None = None) -> Form:
         nodes = {}
         for index, (key, value) in enumerate(mapping.items()):
             token = None if is_users(key, users) else self._reach.token(key, index, at)

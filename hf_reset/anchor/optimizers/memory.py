@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from hf_reset.anchor.optimizers.look import Look, look
+from hf_reset.anchor.optimizers.look import Form, Look, look
 from hf_reset.anchor.optimizers.put_back import put_back
 from hf_reset.anchor.optimizers.reach import Place, Reach
 from hf_reset.anchor.optimizers.rehearsal import is_known, rehearse
@@ -38,7 +40,13 @@ class OptimizerMemory:
     """
 
     def __init__(
-        self, optimizer: Any, shards: Shards, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, full: bool
+        self,
+        optimizer: Optimizer | None,
+        shards: Shards,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        full: bool,
     ) -> None:
         self.optimizer = unwrapped_optimizer(optimizer)
         self._shards = shards
@@ -77,7 +85,7 @@ class OptimizerMemory:
             self._refuse_unshared(seen)
         if self._flat is None:
             return seen
-        numbers: dict[str, dict[str, Any]] = {}
+        numbers: dict[str, dict[str, float]] = {}
         for name in self._reach.parameters:
             for entry, value in self._flat.optimizer_state(name).items():
                 if isinstance(value, Tensor):
@@ -148,7 +156,7 @@ class OptimizerMemory:
 
 
 def _put_back_flat(
-    shards: Zero12Shards, name: str, entries: dict[str, Tensor], numbers: dict[str, Any]
+    shards: Zero12Shards, name: str, entries: dict[str, Tensor], numbers: dict[str, float]
 ) -> list[tuple[Tensor, Tensor]]:
     """Of a parameter's part of a flat state: the numbers are put back, what was not there yet becomes zero."""
     live = shards.optimizer_state(name)
@@ -160,7 +168,7 @@ def _put_back_flat(
     for entry, value in {**numbers, **entries}.items():
         if entry not in live:
             shards.put_optimizer_state(name, entry, value)
-    return [(live[entry], held) for entry, held in entries.items() if isinstance(live.get(entry), Tensor)]
+    return [(into, held) for entry, held in entries.items() if isinstance(into := live.get(entry), Tensor)]
 
 
 def _emptied(seen: Look) -> Look:
@@ -169,12 +177,12 @@ def _emptied(seen: Look) -> Look:
     return Look(["optimizer", {**seen.form[1], "state": ["dict", {}]}], {}, {})
 
 
-def to_header(form: Any) -> str:
+def to_header(form: Form) -> str:
     """A form as a file's header has it."""
     return json.dumps(form, default=_plain)
 
 
-def from_header(path: Any, header: Mapping[str, str], name: str = "optimizer") -> Look:
+def from_header(path: str | os.PathLike[str], header: Mapping[str, str], name: str = "optimizer") -> Look:
     """The look whose form a file's header has under `name`.
 
     Raises:
@@ -189,13 +197,13 @@ def from_header(path: Any, header: Mapping[str, str], name: str = "optimizer") -
         ) from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> object:
     if isinstance(value, complex):
         return {"%complex": [value.real, value.imag]}
     return {"%bytes": value.hex()} if isinstance(value, bytes) else value.tolist()  # of numpy
 
 
-def _unplain(value: dict[str, Any]) -> Any:
+def _unplain(value: dict[str, Any]) -> object:
     if value.keys() == {"%complex"}:
         return complex(*value["%complex"])
     return bytes.fromhex(value["%bytes"]) if value.keys() == {"%bytes"} else value

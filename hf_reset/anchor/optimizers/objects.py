@@ -29,7 +29,7 @@ _CODE = (
 _ELSEWHERE = ("torch", "accelerate", "transformers", "deepspeed", "logging", "threading", "_thread")
 
 
-def attributes_of(optimizer: Any) -> Iterator[tuple[str, Any]]:
+def attributes_of(optimizer: object) -> Iterator[tuple[str, object]]:
     """An optimizer's own attributes, less torch's and what the user gave its constructor as a number."""
     users = constructor_arguments(type(optimizer))
     for name, value in vars(optimizer).items():
@@ -50,7 +50,7 @@ def constructor_arguments(cls: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def is_users(key: Any, users: frozenset[str] | None) -> bool:
+def is_users(key: object, users: frozenset[str] | None) -> bool:
     """Whether an entry of a parameter group is the user's: its parameters, a rate, a constructor argument."""
     return users is not None and isinstance(key, str) and (key == "params" or key in users or is_rate(key))
 
@@ -60,7 +60,7 @@ def is_rate(name: str) -> bool:
     return bool(_RATES.fullmatch(name))
 
 
-def is_code(value: Any, names: Mapping[int, str]) -> bool:
+def is_code(value: object, names: Mapping[int, str]) -> bool:
     """Whether a thing is not memory: code, types, the model, and the machinery of libraries around."""
     if isinstance(value, (Optimizer, torch.Generator)):
         return False
@@ -73,7 +73,7 @@ def is_code(value: Any, names: Mapping[int, str]) -> bool:
     return type(value).__module__.partition(".")[0] in _ELSEWHERE
 
 
-def is_plain_object(value: Any) -> bool:
+def is_plain_object(value: object) -> bool:
     """Whether everything an object holds stands in its attributes."""
     if not hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
         return False
@@ -88,7 +88,7 @@ def is_plain_object(value: Any) -> bool:
     )
 
 
-def fields_of(value: Any) -> Iterator[tuple[str, Any]]:
+def fields_of(value: object) -> Iterator[tuple[str, object]]:
     """An object's attributes, in a dictionary or in slots."""
     yield from list(getattr(value, "__dict__", {}).items())
     for cls in type(value).__mro__:
@@ -98,7 +98,7 @@ def fields_of(value: Any) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(value, name)
 
 
-def random_state(value: Any) -> Any:
+def random_state(value: object) -> object:
     """The state of a random generator of Python's or numpy's; None for anything else."""
     if isinstance(value, random.Random):
         return value.getstate()

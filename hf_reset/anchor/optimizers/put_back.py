@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,10 +25,13 @@ from hf_reset.anchor.optimizers.objects import (
 from hf_reset.anchor.optimizers.reach import Place, Reach, escaped
 from hf_reset.errors import AnchorError
 
-_MISSING: Any = object()
+_Kind = TypeVar("_Kind")
+_MISSING = object()
 
 
-def put_back(optimizer: Any, reach: Reach, look: Look, held: Mapping[Place, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def put_back(
+    optimizer: Optimizer, reach: Reach, look: Look, held: Mapping[Place, Tensor]
+) -> list[tuple[Tensor, Tensor]]:
     """Give an optimizer the form it had. What was not there then is taken out, what is gone is put in.
 
     Args:
@@ -57,7 +60,7 @@ class _WayBack:
         self._objects = look.objects
         self._held = held
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self._by_kind: dict[str, Callable[[Any, Any, Place], Any]] = {
+        self._by_kind: dict[str, Callable[[object, Any, Place], object]] = {
             "keep": lambda live, _, at: live,
             "value": _value,
             "tensor": self._tensor,
@@ -72,11 +75,11 @@ class _WayBack:
             "optimizer": self._optimizer,
         }
 
-    def put(self, live: Any, form: Form, at: Place) -> Any:
+    def put(self, live: object, form: Form, at: Place) -> object:
         """The value that belongs at a place, where `live` stands now."""
         return self._by_kind[form[0]](live, form[1] if len(form) > 1 else None, at)
 
-    def _tensor(self, live: Any, device: str, at: Place) -> Tensor:
+    def _tensor(self, live: object, device: str, at: Place) -> Tensor:
         held = self._held[at]
         if isinstance(live, Tensor) and not is_traceable_wrapper_subclass(local := self._reach.local(live)):
             if _can_take(local, held) and not self._reach.is_weight(local):
@@ -86,7 +89,7 @@ class _WayBack:
         kind = torch.device(device) if weight is None or weight.device.type != device else weight.device
         return self._reach.whole(at, held.to(kind, copy=True))
 
-    def _wrapped(self, live: Any, parts: dict[str, Form], at: Place) -> Any:
+    def _wrapped(self, live: object, parts: dict[str, Form], at: Place) -> object:
         """A tensor made of tensors, such as a quantised one."""
         if not isinstance(live, Tensor) or not is_traceable_wrapper_subclass(self._reach.local(live)):
             live = self._original(at, Tensor)
@@ -98,58 +101,61 @@ class _WayBack:
             return live
         return type(local).__tensor_unflatten__(new, context, local.shape, local.stride())
 
-    def _array(self, live: Any, _: None, at: Place) -> np.ndarray:
+    def _array(self, live: object, _: object, at: Place) -> np.ndarray:
         held = self._held[at]
         if isinstance(live, np.ndarray) and live.flags.writeable and _can_take(torch.from_numpy(live), held):
             self.pairs.append((torch.from_numpy(live), held))
             return live
         return held.numpy().copy()
 
-    def _generator(self, live: Any, _: None, at: Place) -> torch.Generator:
+    def _generator(self, live: object, _: object, at: Place) -> torch.Generator:
         generator = live if isinstance(live, torch.Generator) else self._original(at, torch.Generator)
         generator.set_state(self._held[at].cpu())
         return generator
 
-    def _random(self, live: Any, state: Any, at: Place) -> Any:
+    def _random(self, live: object, state: object, at: Place) -> object:
         generator = live if random_state(live) is not None else self._original(at, object)
         set_random_state(generator, state)
         return generator
 
-    def _list(self, live: Any, forms: list[Form], at: Place) -> Any:
-        live = live if isinstance(live, (list, tuple, deque)) else self._objects.get(at, [])
-        old = [*live, *[_MISSING] * (len(forms) - len(live))]
+    def _list(self, live: object, forms: list[Form], at: Place) -> object:
+        items: list[object] | tuple[object, ...] | deque[object]
+        items = live if isinstance(live, (list, tuple, deque)) else self._objects.get(at, [])
+        old = [*items, *[_MISSING] * (len(forms) - len(items))]
         new = [self.put(old[index], form, at.into(str(index))) for index, form in enumerate(forms)]
-        same = len(new) == len(live) and all(one is other for one, other in zip(new, live, strict=True))
+        same = len(new) == len(items) and all(one is other for one, other in zip(new, items, strict=True))
         if same or not self._reach.holds(at):
-            return live
-        if isinstance(live, tuple):
-            return type(live)(*new) if hasattr(live, "_fields") else tuple(new)
-        live.clear()
-        live.extend(new)
-        return live
+            return items
+        if isinstance(items, tuple):
+            named: Any = type(items)
+            return named(*new) if hasattr(items, "_fields") else tuple(new)
+        items.clear()
+        items.extend(new)
+        return items
 
-    def _mapping(self, live: Any, nodes: dict[str, Form], at: Place, users: frozenset[str] | None = None) -> Any:
-        live = live if isinstance(live, MutableMapping) else self._objects.get(at, {})
-        for index, key in enumerate(list(live)):
+    def _mapping(self, live: object, nodes: dict[str, Form], at: Place, users: frozenset[str] | None = None) -> object:
+        entries: MutableMapping[object, object]
+        entries = live if isinstance(live, MutableMapping) else self._objects.get(at, {})
+        for index, key in enumerate(list(entries)):
             token = None if is_users(key, users) else self._reach.token(key, index, at)
             if token is not None and token not in nodes and self._reach.holds(self._reach.step(token, at)):
-                del live[key]
+                del entries[key]
         for token, form in nodes.items():
             key = self._reach.key(token, at)
-            old = live.get(key, _MISSING)
+            old = entries.get(key, _MISSING)
             new = self.put(old, form, self._reach.step(token, at))
             if new is not old:
-                live[key] = new
-        return live
+                entries[key] = new
+        return entries
 
-    def _object(self, live: Any, nodes: dict[str, Form], at: Place) -> Any:
+    def _object(self, live: object, nodes: dict[str, Form], at: Place) -> object:
         original = self._objects.get(at, live)
         if live is _MISSING or not is_plain_object(live) or type(live) is not type(original):
             live = self._original(at, object)
         self._fields(live, dict(fields_of(live)), nodes, at)
         return live
 
-    def _optimizer(self, live: Any, parts: dict[str, Form], at: Place) -> Any:
+    def _optimizer(self, live: Any, parts: dict[str, Form], at: Place) -> object:
         if not hasattr(live, "param_groups"):
             live = self._original(at, Optimizer)
         own = {name: form for name, form in parts.items() if name != "state" and not name.startswith("param_groups:")}
@@ -163,7 +169,7 @@ class _WayBack:
                 self._mapping(group, parts[f"param_groups:{index}"][1], here, users)
         return live
 
-    def _fields(self, live: Any, old: dict[str, Any], nodes: dict[str, Form], at: Place) -> None:
+    def _fields(self, live: object, old: Mapping[str, object], nodes: dict[str, Form], at: Place) -> None:
         """The attributes of an object."""
         for name in old.keys() - nodes.keys():
             if self._reach.holds(at):
@@ -174,7 +180,7 @@ class _WayBack:
             if new is not before:
                 object.__setattr__(live, name, new)
 
-    def _original(self, at: Place, kind: type) -> Any:
+    def _original(self, at: Place, kind: type[_Kind]) -> _Kind:
         """The object that stood at a place when it was looked at, for one that is there no more."""
         found = self._objects.get(at)
         if found is not None and isinstance(found, kind):
@@ -185,13 +191,13 @@ class _WayBack:
         )
 
 
-def _value(live: Any, value: Any, at: Place) -> Any:
+def _value(live: object, value: object, at: Place) -> object:
     if isinstance(live, np.generic):
         value = type(live)(value)
     return live if type(live) is type(value) and live == value else value
 
 
-def _set(live: Any, items: list[Any], at: Place) -> Any:
+def _set(live: object, items: list[object], at: Place) -> object:
     if not isinstance(live, set):
         return frozenset(items) if isinstance(live, frozenset) else set(items)
     live.clear()

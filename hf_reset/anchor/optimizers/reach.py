@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ class Reach:
         self._everything = {**everything, **parameters}
         self.names = {id(p): name for name, p in (*everything.items(), *parameters.items())}
         self._addresses = frozenset(local(p).data_ptr() for p in self._everything.values() if p.numel())
-        self._odd_keys: dict[str, Any] = {}  # keys that are no parameters and have no plain form, by index
+        self._odd_keys: dict[str, object] = {}  # keys that are no parameters and have no plain form, by index
 
     def holds(self, at: Place) -> bool:
         """Whether what stands at a place is in reach."""
@@ -77,7 +77,7 @@ class Reach:
         """Whether a tensor is a view of a weight, which an anchor has already."""
         return tensor.numel() > 0 and tensor.data_ptr() in self._addresses
 
-    def token(self, key: Any, index: int, at: Place) -> str | None:
+    def token(self, key: object, index: int, at: Place) -> str | None:
         """How the `index`-th key of the dictionary at `at` is written; None where it is not in reach.
 
         A parameter, or its name or id where nothing else could be meant, is written after a mark: @, $, or &.
@@ -85,7 +85,7 @@ class Reach:
         if isinstance(key, Tensor):
             name = self.names.get(id(key))
             return f"@{name}" if name in self.parameters else None
-        name = key if isinstance(key, str) else self.names.get(key, "")
+        name = key if isinstance(key, str) else self.names.get(key, "") if isinstance(key, int) else ""
         if name in self._everything and not at.name and _ATTRIBUTE.fullmatch(at.entry):
             return ("$" if isinstance(key, str) else "&") + name if name in self.parameters else None
         if isinstance(key, str):
@@ -95,7 +95,7 @@ class Reach:
         self._odd_keys[f"{at.entry}!{index}"] = key
         return f"!{index}"
 
-    def key(self, token: str, at: Place) -> Any:
+    def key(self, token: str, at: Place) -> object:
         """The key that a token stands for."""
         mark, rest = token[:1], token[1:]
         if mark == "@":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_reset.anchor.optimizers.look import look
+from hf_reset.anchor.optimizers.look import Look, look
 from hf_reset.anchor.optimizers.objects import constructor_arguments, is_rate, is_users
 from hf_reset.anchor.optimizers.put_back import put_back
-from hf_reset.anchor.optimizers.reach import Reach
+from hf_reset.anchor.optimizers.reach import Place, Reach
 from hf_reset.errors import ResetError, UnsupportedError
 
 _LARGEST = 1 << 20  # elements of a parameter that stands in for those like it
 _KNOWN = ("torch.optim.", "torchao.", "bitsandbytes.", "lomo_optim.", "deepspeed.")  # proved, and slow or bound to CUDA
 _BEFORE, _AFTER = range(3), range(10, 15)  # seeds of the gradients before the anchor and after it
-_DROPPED = object()
+_DROPPED: Any = object()
 
 
 class Learned(NamedTuple):
@@ -46,7 +46,7 @@ class Learned(NamedTuple):
 _UNKNOWN = Learned(frozenset(), needs_gradients=True)
 
 
-def rehearse(optimizer: Any, model: nn.Module) -> Learned:
+def rehearse(optimizer: Optimizer, model: nn.Module) -> Learned:
     """Rehearse resets.
 
     An optimizer that cannot be rehearsed (its step wants a closure, or graphs of gradients) tells nothing.
@@ -63,12 +63,12 @@ def rehearse(optimizer: Any, model: nn.Module) -> Learned:
     return Learned(own, needs_gradients=any(one.needs_gradients for one in learned))
 
 
-def is_known(optimizer: Any) -> bool:
+def is_known(optimizer: Optimizer) -> bool:
     """Whether an optimizer is of a package that needs no rehearsal."""
     return f"{type(optimizer).__module__}.".startswith(_KNOWN)
 
 
-def _learned(optimizer: Any, model: nn.Module) -> Learned:
+def _learned(optimizer: Optimizer, model: nn.Module) -> Learned:
     with _unmoved_generators():
         twin, parameters = _twin(optimizer, model)
         if twin is None or not parameters:
@@ -82,7 +82,7 @@ def _learned(optimizer: Any, model: nn.Module) -> Learned:
         return Learned(own, needs_gradients=_fails_without_gradients(twin, parameters))
 
 
-def _fails_without_gradients(twin: Any, parameters: dict[str, nn.Parameter]) -> bool:
+def _fails_without_gradients(twin: Optimizer, parameters: dict[str, nn.Parameter]) -> bool:
     for p in parameters.values():
         p.grad = None
     try:
@@ -92,7 +92,7 @@ def _fails_without_gradients(twin: Any, parameters: dict[str, nn.Parameter]) -> 
     return False
 
 
-def _rehearse(name: str, twin: Any, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
+def _rehearse(name: str, twin: Optimizer, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
     _take_steps(twin, parameters, _BEFORE)
     moved = _moved(twin, parameters)
     rates = sorted(filter(is_rate, moved))
@@ -105,7 +105,7 @@ def _rehearse(name: str, twin: Any, parameters: dict[str, nn.Parameter]) -> froz
     anchor = look(twin, reach)
     held = {place: tensor.clone() for place, tensor in anchor.tensors.items()}
     weights = [p.detach().clone() for p in parameters.values()]
-    first: Any = None
+    first: list[Tensor] | None = None
     for _ in range(3):  # the first time from the anchor itself, then after excursions of two lengths
         seen = _take_steps(twin, parameters, _AFTER)
         first = seen if first is None else first
@@ -120,12 +120,18 @@ def _rehearse(name: str, twin: Any, parameters: dict[str, nn.Parameter]) -> froz
 
 
 @torch.no_grad()
-def _restore(twin: Any, reach: Reach, anchor: Any, held: Any, weights: list[tuple[nn.Parameter, Tensor]]) -> None:
+def _restore(
+    twin: Optimizer,
+    reach: Reach,
+    anchor: Look,
+    held: Mapping[Place, Tensor],
+    weights: list[tuple[nn.Parameter, Tensor]],
+) -> None:
     for live, value in [*weights, *put_back(twin, reach, anchor, held)]:
         live.copy_(value)
 
 
-def _take_steps(twin: Any, parameters: dict[str, nn.Parameter], seeds: range) -> list[Tensor]:
+def _take_steps(twin: Optimizer, parameters: dict[str, nn.Parameter], seeds: range) -> list[Tensor]:
     """Steps on random gradients; the weights after each."""
     weights = []
     for seed in seeds:
@@ -140,11 +146,11 @@ def _take_steps(twin: Any, parameters: dict[str, nn.Parameter], seeds: range) ->
     return weights
 
 
-def _moved(twin: Any, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
+def _moved(twin: Optimizer, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
     """The user's numbers in the groups that a step changes."""
     users = constructor_arguments(type(twin))
 
-    def numbers() -> dict[tuple[int, Any], Any]:
+    def numbers() -> dict[tuple[int, str], object]:
         return {
             (index, key): copy.deepcopy(value)
             for index, group in enumerate(twin.param_groups)
@@ -158,7 +164,7 @@ def _moved(twin: Any, parameters: dict[str, nn.Parameter]) -> frozenset[str]:
     return frozenset(key for (index, key), value in before.items() if not _equal(value, after.get((index, key))))
 
 
-def _twin(optimizer: Any, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter]]:
+def _twin(optimizer: Optimizer, model: nn.Module) -> tuple[Optimizer | None, dict[str, nn.Parameter]]:
     """An optimizer alike, with stand-ins of a few small parameters; (None, {}) where there can be none.
 
     Nothing of the model can be reached from it: what would lead there is dropped, and a step that needs it fails.
@@ -166,7 +172,7 @@ def _twin(optimizer: Any, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter
     if any(isinstance(value, FunctionType) and value.__closure__ for value in _values(optimizer)):
         return None, {}  # which could lead anywhere
     chosen = {f"stand-in {index}": p for index, p in enumerate(_chosen(optimizer))}
-    memo: dict[int, Any] = {id(module): _DROPPED for module in model.modules()}
+    memo: dict[int, object] = {id(module): _DROPPED for module in model.modules()}
     memo.update({id(p): _DROPPED for p in model.parameters()})
     memo.update({id(p): _DROPPED for group in optimizer.param_groups for p in group["params"]})
     stand_ins = {name: nn.Parameter(p.detach().clone()) for name, p in chosen.items()}
@@ -190,7 +196,7 @@ def _twin(optimizer: Any, model: nn.Module) -> tuple[Any, dict[str, nn.Parameter
     return twin, stand_ins
 
 
-def _values(optimizer: Any) -> Iterator[Any]:
+def _values(optimizer: Optimizer) -> Iterator[object]:
     """What stands in attributes and groups, and one container further; not `step`, which schedulers wrap."""
     found = [value for name, value in vars(optimizer).items() if name != "step"]
     found += [value for group in optimizer.param_groups for value in group.values()]
@@ -199,11 +205,11 @@ def _values(optimizer: Any) -> Iterator[Any]:
         yield from value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
 
 
-def _chosen(optimizer: Any) -> list[nn.Parameter]:
+def _chosen(optimizer: Optimizer) -> list[nn.Parameter]:
     """Of each group the smallest parameter of each number of dimensions and dtype."""
     chosen = []
     for group in optimizer.param_groups:
-        smallest: dict[Any, nn.Parameter] = {}
+        smallest: dict[tuple[int, torch.dtype, torch.device], nn.Parameter] = {}
         for p in group["params"]:
             kind = (p.dim(), p.dtype, p.device)
             if p.requires_grad and 0 < p.numel() <= _LARGEST:
@@ -212,7 +218,7 @@ def _chosen(optimizer: Any) -> list[nn.Parameter]:
     return chosen
 
 
-def _distinct(optimizer: Any, model: nn.Module) -> Iterator[Any]:
+def _distinct(optimizer: Optimizer, model: nn.Module) -> Iterator[Optimizer]:
     """The optimizer, and one of each kind of those inside it that hold parameters of their own."""
     kinds: set[type] = set()
     reach = Reach({}, dict(model.named_parameters()), full=True)
@@ -228,7 +234,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
 
 
