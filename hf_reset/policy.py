@@ -57,6 +57,7 @@ class ResetState:
         anchor_metric: the metric at the anchor.
         evaluations_since_best: evaluations since the last new best.
         armed_step: optimizer steps done when resets began; None: they have not. They never end again.
+        armed_margin: `worse` at that evaluation; None where resets did not begin on evidence.
         resets: how many resets there have been.
         last_reset_step: index of the last step that ended in a reset.
         plan: what `probability="auto"` knows and has chosen; None with a probability of the user's.
@@ -82,6 +83,7 @@ class ResetState:
     harmed: bool = False
     fruitless: int = 0
     stretch: int = 0
+    armed_margin: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))  # JSON makes a list of it
@@ -164,7 +166,7 @@ def observe(
         since = state.evaluations_since_best + 1
         state = replace(state, evaluations_since_best=since, worse=worse, harmed=harmed)
     if not state.armed and state.anchor_step is not None and _begins(config, state, learned):
-        state = replace(state, armed_step=step)
+        state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
     return state, moved
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from hf_reset import ResetTrainingArguments
 from hf_reset.errors import ConfigError
-from hf_reset.study.arms import PLAIN, RESET, Arm, arguments_of, planned_runs
+from hf_reset.study.arms import PLAIN, REFINE, RESET, RESET_ALONE, Arm, arguments_of, planned_runs
 
 
 def test_both_arms_share_each_seed():
@@ -16,6 +16,18 @@ def test_both_arms_share_each_seed():
     ]
     assert planned_runs([0], compare=False, resets=True) == [(RESET, 0)]
     assert planned_runs([0], compare=False, resets=False) == [(PLAIN, 0)]
+
+
+def test_a_study_that_refines_stands_beside_its_resets_alone_and_plain(tmp_path):
+    runs = planned_runs([4], compare=True, resets=True, refines=True)
+    assert runs == [(PLAIN, 4), (RESET_ALONE, 4), (REFINE, 4)]
+    assert planned_runs([4], compare=False, resets=True, refines=True) == [(REFINE, 4)]
+    study = ResetTrainingArguments(str(tmp_path), reset_refine="soft", use_cpu=True)
+    asked = [arguments_of(study, arm, seed) for arm, seed in runs]
+    assert [(args.reset_refine, args.reset_probability > 0) for args in asked] == [
+        *[("off", False), ("off", True), ("soft", True)],
+    ]
+    assert [args.output_dir.split("/")[-1] for args in asked] == ["plain-seed4", "reset-seed4", "reset+refine-seed4"]
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])

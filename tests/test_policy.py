@@ -235,6 +235,8 @@ def test_resets_begin_once_two_evaluations_say_that_validation_has_turned():
     assert watched([2.5]).armed_step is None  # one evaluation alone is a fluctuation
     assert watched([2.5, 1.9]).armed_step is None
     assert watched([0.0, 2.0]).armed_step == 30
+    assert watched([0.0, 2.0]).armed_margin == 2.0
+    assert watched([0.0, 2.0, 5.0]).armed_margin == 2.0  # that of the evaluation on which they began
     assert watched([0.0, 2.0, -1.0]).armed_step == 30  # and stay on
 
 
@@ -246,6 +248,7 @@ def test_a_run_near_chance_is_not_armed():
 
 def test_patience_does_not_ask_for_evidence():
     assert watched([None, None], ResetConfig(patience=2)).armed_step == 30
+    assert watched([3.0, 3.0], ResetConfig(patience=2)).armed_margin is None  # patience asked for no evidence
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,25 @@ def test_the_gain_is_paired_by_row():
     assert found["validation_gain"] == pytest.approx(np.log(2))
     assert found["validation_gain_error"] == pytest.approx(0, abs=1e-12)
     assert found["validation_rows"] == 3
+
+
+def test_the_report_says_how_many_labels_look_wrong_and_on_what_evidence_resets_began():
+    said = classification.reading(study([0.5], [0.6], label_noise_best=0.384, validation_labels_right=0.6))
+    assert "About 38% of the validation labels look wrong" in said
+    assert "40% are." in said
+    assert "Resets began" not in said
+    both = study([0.5], [0.6], label_noise_best=0.384, armed_step=520, armed_margin=2.34)
+    both[0]["armed_margin"], both[1]["label_noise_best"] = None, 0.41
+    said = classification.reading([{**both[0], "label_noise_best": 0.384}, both[1]])
+    assert "About 38% to 41% of the validation labels look wrong" in said
+    assert "odd seed 0 after step 520 (2.3)" in said
+
+
+def test_the_most_suspect_rows_are_shown_as_a_table():
+    row = {"row": 7, "text": "a  | b", "given": "x", "predicted": "y", "label_quality": 0.0123, "is_wrong": True}
+    table = classification.suspects_table([record("odd", 0, 0.5, most_suspect=[row], suspects_auroc=0.875)])
+    assert "| 7 | a \\| b | x | y | 0.012 | yes |" in table
+    assert "ROC of 0.875" in table
+    del row["is_wrong"]
+    assert "is wrong" not in classification.suspects_table([record("odd", 0, 0.5, most_suspect=[row])])
+    assert classification.suspects_table([record("odd", 0, 0.5)]) == ""

@@ -38,6 +38,9 @@ def load_recipe():
 
 recipe = load_recipe()
 
+# 18 validation rows are few, and it says so.
+pytestmark = pytest.mark.filterwarnings("ignore::hf_reset.errors.WeakEvidenceWarning")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -105,7 +108,13 @@ def test_both_arms_and_seeds_are_recorded_with_the_agreed_keys(study):
         assert record["peak_memory_bytes"] > 2**20
         assert record["resets"] == len(record["reset_steps"])
         assert [step for step, _ in record["history"]["validation_loss"]] == [2, 4, 6, 8, 10, 12]
-        assert set(record["history"]) == {"validation_loss", "validation_accuracy", "clean_accuracy", "label_memory"}
+        assert set(record["history"]) == {
+            *("validation_loss", "calibrated_loss", "label_noise"),
+            *("validation_accuracy", "clean_accuracy", "label_memory"),
+        }
+        plain, calibrated = (dict(record["history"][name]) for name in ("validation_loss", "calibrated_loss"))
+        assert all(calibrated[step] <= plain[step] + 1e-6 for step in plain)
+        assert record["label_noise_best"] == dict(record["history"]["label_noise"])[record["best_step"]]
     assert results["configuration"]["noise_rate"] == 0.4
     assert results["configuration"]["reset_probability"] == 0.5
     assert "torch" in results["environment"]["packages"]
@@ -129,6 +138,35 @@ def test_only_the_reset_arm_resets_and_both_begin_alike(study):
     assert plain["resets"] == 0
     assert reset["resets"] > 0
     assert plain["history"]["validation_loss"][0] == reset["history"]["validation_loss"][0]
+
+
+def test_the_most_suspect_rows_are_told_with_their_text(study):
+    import pandas as pd
+
+    record = read_results(study)["records"][1]
+    table = pd.read_csv(study / "reset-seed0" / "suspects.csv", index_col="row")
+    assert len(table) == record["train_rows"]
+    assert table["label_quality"].dropna().is_monotonic_increasing  # rows that no step met come last
+    assert table["is_wrong"].sum() == record["train_mislabelled"]
+    worst = record["most_suspect"]
+    assert [row["row"] for row in worst] == table.index[:10].tolist()
+    assert [row["text"] for row in worst] == table["text"][:10].tolist()
+    assert {row["given"] for row in worst} <= {"bird", "fruit", "metal"}
+    ranks = table.loc[table["rank"].notna(), ["is_wrong", "label_quality"]]
+    wrong, right = (ranks.loc[ranks["is_wrong"] == value, "label_quality"].to_numpy() for value in (True, False))
+    pairs = (wrong[:, None] < right).mean() + (wrong[:, None] == right).mean() / 2
+    assert record["suspects_auroc"] == pytest.approx(pairs)
+    report = (study / "report.md").read_text()
+    assert "## Most suspect rows" in report
+    assert record["most_suspect"][0]["text"] in report
+    assert "of the validation labels look wrong" in report
+
+
+def test_a_study_that_refines_has_three_arms(files, tmp_path):
+    asked = options(files, tmp_path, compare=True, noise_rate=0.4, reset_refine="soft")
+    records = recipe.run(asked)["records"]
+    assert [record["arm"] for record in records] == ["plain", "reset", "reset + refine"]
+    assert (tmp_path / "reset+refine-seed0" / "model" / "config.json").is_file()
 
 
 def test_the_best_is_the_best_evaluation(study):

@@ -9,9 +9,18 @@ from typing import Any
 from hf_reset.files import write_atomic
 from hf_reset.report.model_card import write_model_card
 from hf_reset.report.plots import Panel, plot_runs
-from hf_reset.report.reading import Measure, choice_caveats, compare_arms, never_reset
-from hf_reset.report.results import Results
-from hf_reset.report.tables import RESETS, Column, Record, markdown_report, named_as_known, print_summary
+from hf_reset.report.reading import Measure, armed_on_evidence, choice_caveats, compare_arms, never_reset
+from hf_reset.report.results import Results, run_folder
+from hf_reset.report.tables import (
+    RESETS,
+    Column,
+    Record,
+    markdown_report,
+    markdown_table,
+    named_as_known,
+    print_markdown,
+    print_summary,
+)
 
 COLUMNS = (
     Column("test_accuracy_last", "clean test accuracy, last"),
@@ -24,6 +33,8 @@ README_COLUMNS = (*(column for column in COLUMNS if column.key != "test_macro_f1
 # Name of a curve in a record to its key in the log history.
 CURVES = {
     "validation_loss": "eval_loss",
+    "calibrated_loss": "eval_calibrated_loss",
+    "label_noise": "eval_label_noise",
     "validation_accuracy": "eval_accuracy",
     "clean_accuracy": "eval_clean_accuracy",
     "label_memory": "memory/wrong",
@@ -31,6 +42,7 @@ CURVES = {
 
 # How far agreement with validation's labels must exceed the share of them that is right, to be no accident.
 _MARGIN = 0.05
+_LETTERS = 90  # of a suspect row's text
 
 
 def write_report(results: Results) -> Path:
@@ -58,14 +70,38 @@ def write_report(results: Results) -> Path:
         figure=figure.name,
         sections={
             "Reading": reading(results.records, clean=clean_known),
+            **({"Most suspect rows": suspects} if (suspects := suspects_table(results.records)) else {}),
             "What was measured": _MEASURED + (_LOOKED_AT if clean_known else ""),
         },
     )
     path = write_atomic(results.path.with_name("report.md"), report)
     _complete_cards(results)
     print_summary(results.records, columns)
+    print_markdown(suspects)
     print(f"{path} has the report, {results.path} every number.")
     return path
+
+
+def suspects_table(records: Sequence[Record]) -> str:
+    """The rows that the last arm's first run trusts least, in words and a table; empty where no run judged rows."""
+    judged = [record for record in records if record.get("most_suspect")]
+    if not judged:
+        return ""
+    shown = next(record for record in judged if record["arm"] == judged[-1]["arm"])
+    known = any("is_wrong" in row for row in shown["most_suspect"])
+    rows = [
+        [
+            *(str(row["row"]), " ".join(row["text"].split())[:_LETTERS], row["given"], row["predicted"]),
+            f"{row['label_quality']:.3f}",
+            *([("yes" if row["is_wrong"] else "no")] if known else []),
+        ]
+        for row in shown["most_suspect"]
+    ]
+    headings = ["row", "text", "given label", "predicted", "label quality", *(["is wrong"] if known else [])]
+    auroc = shown.get("suspects_auroc")
+    said = f"The training rows that {shown['arm']} (seed {shown['seed']}) trusts least; all are in `suspects.csv`."
+    said += "" if auroc is None else f" Ranked by it, wrong labels stand out with an area under the ROC of {auroc:.3f}."
+    return f"{said}\n\n{markdown_table(headings, rows)}"
 
 
 def write_card(folder: str | Path, records: Sequence[Record], asked: Record) -> Path:
@@ -90,7 +126,7 @@ def write_card(folder: str | Path, records: Sequence[Record], asked: Record) -> 
 def _complete_cards(results: Results) -> None:
     """Cards of arms with several seeds, written anew with the mean over all of them."""
     for record in results.records:
-        folder = results.path.parent / f"{record['arm']}-seed{record['seed']}" / "model"
+        folder = results.path.parent / run_folder(record["arm"], record["seed"]) / "model"
         others = [one for one in results.records if one["arm"] == record["arm"] and one is not record]
         if others and (folder / "README.md").is_file():
             write_card(folder, [record, *others], results.configuration)
@@ -148,6 +184,7 @@ def reading(records: Sequence[Record], *, clean: bool = True) -> str:
     lines, verdicts = compare_arms(records, _measure(clean))
     caveats = choice_caveats(records)
     lines += caveats
+    lines += [said for said in (noise_found(records), armed_on_evidence(records)) if said is not None]
     if (never := never_reset(records)) is not None:
         lines.append(never)
     systematic = [record for record in records if _learnt_the_noise(record)]
@@ -166,6 +203,22 @@ def reading(records: Sequence[Record], *, clean: bool = True) -> str:
     else:
         lines.append("No reset arm was run.")
     return "\n\n".join(lines)
+
+
+def noise_found(records: Sequence[Record]) -> str | None:
+    """The share of validation labels that look wrong, as the calibrated loss has it at each run's best evaluation."""
+    found = [record["label_noise_best"] for record in records if record.get("label_noise_best") is not None]
+    if not found:
+        return None
+    low, high = min(found), max(found)
+    shares = f"{low:.0%}" if round(100 * low) == round(100 * high) else f"{low:.0%} to {high:.0%}"
+    rights = [record.get("validation_labels_right") for record in records]
+    right = next((value for value in rights if value is not None), None)
+    known = "" if right is None else f" {1 - right:.0%} are."
+    return (
+        f"About {shares} of the validation labels look wrong (the noise level that the calibrated loss fits, at the "
+        f"best evaluation of each run; uniform noise is what it sees).{known}"
+    )
 
 
 def _measure(clean: bool) -> Measure:
@@ -189,6 +242,7 @@ def _panels(kind: str, clean_known: bool) -> list[Panel]:
         accuracy = Panel("validation_accuracy", "Validation accuracy (labels as given)", "accuracy", **final)
     return [
         Panel("validation_loss", f"Validation loss ({kind})", "cross-entropy, nats", marks_resets=True),
+        Panel("calibrated_loss", "The same, calibrated\n(temperature and noise level fitted)", "nats"),
         Panel("label_memory", "Mislabelled training examples memorised", "share", limits=(0, 1)),
         accuracy,
     ]

@@ -33,7 +33,7 @@ class Panel:
         series: name of the curve in `record["history"]`.
         title: what stands above it.
         ylabel: quantity and unit.
-        marks_resets: draw a rug of the resets, one row a seed, under the curves.
+        marks_resets: draw a rug of the resets and of where they began, one row a seed, under the curves.
         final: key of a record whose value is drawn as a marker at the end of the run (the mean over seeds).
         final_label: what the legend says of that marker.
         limits: lower and upper end of the vertical axis; None lets the data choose.
@@ -174,18 +174,22 @@ def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Record], styles: Rec
 
 
 def _draw_rug(axis: Axes, records: Sequence[Record], styles: Record) -> None:
-    rows = [record for record in records if record.get("reset_steps")]
+    rows = [record for record in records if record.get("reset_steps") or record.get("armed_step") is not None]
     if not rows:
         return
     low, high = axis.get_ylim()
     row_height = 0.045 * (high - low)
     axis.set_ylim(low - row_height * (len(rows) + 0.5), high)
     for row, record in enumerate(rows):
-        steps = record["reset_steps"]
+        steps, armed = record.get("reset_steps") or [], record.get("armed_step")
         height = low - row_height * (row + 0.5)
         label = "a reset (one row a seed)" if row == 0 else None
         mark = {"marker": "|", "markersize": 5, "markeredgewidth": 1.0, "linestyle": "none"}
-        axis.plot(steps, [height] * len(steps), color=styles[record["arm"]][0], label=label, **mark)
+        colour = styles[record["arm"]][0]
+        axis.plot(steps, [height] * len(steps), color=colour, label=label, **mark)
+        if armed is not None:
+            begun = {"marker": 5, "markersize": 5, "linestyle": "none", "label": None if row else "resets begin"}
+            axis.plot([armed], [height], color=colour, **begun)
 
 
 def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:

@@ -145,6 +145,21 @@ def _cannot_choose(record: Record) -> bool:
     return gain is not None and error is not None and error > 0 and abs(gain) < 2 * error
 
 
+def armed_on_evidence(records: Sequence[Record]) -> str | None:
+    """When resets began in each run, and by which margin of the paired test; None where no run's began on evidence."""
+    known = [record for record in records if record.get("armed_margin") is not None]
+    if not known:
+        return None
+    said = ", ".join(
+        f"{record['arm']} seed {record['seed']} after step {record['armed_step']} ({record['armed_margin']:.1f})"
+        for record in known
+    )
+    return (
+        f"Resets began when validation had turned: {said}. In brackets: how many standard errors of their paired "
+        "difference the rows of two evaluations lay above the anchor's."
+    )
+
+
 def never_reset(records: Sequence[Record]) -> str | None:
     """Why no run that could reset did, where none did: patience was never reached, or no draw came."""
     able = [record for record in records if record["can_reset"]]

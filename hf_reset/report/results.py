@@ -193,3 +193,8 @@ def _refuse_other_configuration(path: Path, earlier: Record, now: Record, free: 
             f"the run in `output_dir` ({path}) has another configuration ({said}). Give the same options to "
             "take it up again, or name another folder with --output_dir."
         )
+
+
+def run_folder(arm: str, seed: int) -> str:
+    """What the folder of a run is called, such as "reset+refine-seed0"."""
+    return f"{arm.replace(' ', '')}-seed{seed}"

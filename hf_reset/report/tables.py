@@ -100,13 +100,20 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def print_summary(records: Sequence[Record], columns: Sequence[Column]) -> None:
     """The summary table with what a run cost, on the screen."""
+    print_markdown(summary_table(records, [*columns, *COST_COLUMNS]))
+
+
+def print_markdown(text: str) -> None:
+    """Markdown on the screen; nothing for no text."""
+    if not text:
+        return
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
     if not console.is_terminal:
         console.width = 160  # a log has no edge
-    console.print(Markdown(summary_table(records, [*columns, *COST_COLUMNS])))
+    console.print(Markdown(text))
 
 
 def markdown_report(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_reset.errors import ConfigError
+from hf_reset.report.results import run_folder
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,19 @@ class Arm:
 PLAIN = Arm("plain", {"reset_probability": 0.0, "reset_refine": "off", "reset_ema_decay": None})
 """Nothing of this package: what a study asks for beside resets is off too, but for a loss that both arms share."""
 RESET = Arm("reset")
+RESET_ALONE = Arm("reset", {"reset_refine": "off"})
+"""Of a study that refines: its resets without that."""
+REFINE = Arm("reset + refine")
 
 
-def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[tuple[Arm, int]]:
-    """The (arm, seed) pairs of a recipe's study: both arms from each seed under `compare`, else the one asked for.
+def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool, refines: bool = False) -> list[tuple[Arm, int]]:
+    """The (arm, seed) pairs of a recipe's study: under `compare` what was asked for beside less, else that alone.
 
     Args:
         seeds: one run an arm each; at least one, none twice.
-        compare: run `PLAIN` and `RESET`.
-        resets: without `compare`, whether the arm is `RESET` (its probability is above 0) or `PLAIN`.
+        compare: run `PLAIN` and `RESET`; with `refines`, `PLAIN`, `RESET_ALONE` and `REFINE`.
+        resets: without `compare`, whether there are resets (the probability is above 0); else the arm is `PLAIN`.
+        refines: whether `reset_refine` is on.
 
     Raises:
         ConfigError: no seed, or one twice; `compare` without resets.
@@ -43,7 +48,9 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool) -> list[t
         raise ConfigError(f"`seeds` must name at least one seed and none twice, got {list(seeds)}.")
     if compare and not resets:
         raise ConfigError("`compare` with `reset_probability` 0 sets plain beside plain. Give a reset_probability.")
-    arms = (PLAIN, RESET) if compare else (RESET,) if resets else (PLAIN,)
+    asked = REFINE if refines else RESET
+    beside = (PLAIN, RESET_ALONE) if refines else (PLAIN,)
+    arms = (*beside, asked) if compare else (asked,) if resets else (PLAIN,)
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
@@ -62,7 +69,7 @@ def arguments_of(training: Any, arm: Arm, seed: int) -> Any:
         ConfigError: the arm overrides something that is no training argument, or with a value it cannot have.
     """
     args = copy(training)
-    args.output_dir = f"{training.output_dir}/{arm.name}-seed{seed}"
+    args.output_dir = f"{training.output_dir}/{run_folder(arm.name, seed)}"
     args.seed = seed
     args.reset_finish = "last"
     for name, value in arm.overrides.items():

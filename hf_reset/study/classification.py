@@ -48,6 +48,11 @@ class ClassificationData:
         """Indices of the training rows whose label is known to be wrong, shape (M,)."""
         return np.flatnonzero(np.asarray(self.train["is_mislabelled"], dtype=bool))
 
+    def counts(self) -> dict[str, int | float | None]:
+        """What a record tells of the data."""
+        sizes = {"train_rows": len(self.train), "test_rows": len(self.test), "train_mislabelled": len(self.mislabelled)}
+        return {"validation_labels_right": self.validation_labels_right, **sizes}
+
     def tokens(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
         """Token columns in place of the texts, by split; the Trainer leaves out those that the model does not take.
 

@@ -45,7 +45,12 @@ def open_study(
             "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
             "it False; the best evaluated weights are kept in memory."
         )
-    runs = planned_runs(options.seeds, compare=options.compare, resets=training.reset_config().can_reset)
+    runs = planned_runs(
+        options.seeds,
+        compare=options.compare,
+        resets=training.reset_config().can_reset,
+        refines=training.reset_refine != "off",
+    )
     results = Results(
         training.output_dir,
         recipe=recipe,
@@ -209,6 +214,7 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
         "can_reset": callback.config.can_reset,
         "resets": callback.reset_state.resets,
         "armed_step": callback.reset_state.armed_step,
+        "armed_margin": callback.reset_state.armed_margin,
         "reset_steps": [event["step"] for event in callback.events if event["kind"] == "reset"],
         "steps": trainer.state.global_step,
         "best_step": best.step,
@@ -216,6 +222,11 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
         "suspects_share": suspects_share(trainer),
         "history": {name: curve for name, key in curves.items() if (curve := series(log, key))},
     }
+
+
+def at_step(history: Mapping[str, Sequence[Sequence[float]]], name: str, step: int | None) -> float | None:
+    """The value that a curve of `outcome` has at a step; None where it has none there."""
+    return next((value for at, value in history.get(name, []) if at == step), None)
 
 
 def suspects_share(trainer: Any) -> float | None:

@@ -175,6 +175,7 @@ def train_and_measure(
     from transformers import DataCollatorWithPadding, set_seed
 
     from hf_reset import ResetTrainer
+    from hf_reset.metrics import with_calibrated_loss
     from hf_reset.study.arms import arguments_of
     from hf_reset.study.classification import validation_gain, validation_metrics, watch_memory
     from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run
@@ -193,10 +194,11 @@ def train_and_measure(
         eval_dataset=splits["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=validation_metrics(data),
+        compute_metrics=with_calibrated_loss(validation_metrics(data)),
         callbacks=[best, *watch_memory(splits["train"], args, options.memory_samples), *callbacks],
     )
     record = train_run(trainer, training)
+    trainer.compute_metrics = None  # of validation; what is predicted from here on is measured by itself
     record |= measure(trainer, data, splits, "last")
     with best.swapped():
         record |= measure(trainer, data, splits, "best")
@@ -232,18 +234,14 @@ def measure(
 def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, and the curves of the figure."""
     from hf_reset.report.classification import CURVES
-    from hf_reset.study.runs import outcome
+    from hf_reset.study.runs import at_step, outcome
+    from hf_reset.study.suspects import suspects_found
 
     record = outcome(trainer, best, CURVES)
-    at_best = [value for step, value in record["history"].get("validation_accuracy", []) if step == best.step]
-    return {
-        **record,
-        "validation_accuracy_best": at_best[0] if at_best else None,
-        "validation_labels_right": data.validation_labels_right,
-        "train_rows": len(data.train),
-        "test_rows": len(data.test),
-        "train_mislabelled": len(data.mislabelled),
+    record |= {
+        f"{name}_best": at_step(record["history"], name, best.step) for name in ("validation_accuracy", "label_noise")
     }
+    return record | suspects_found(trainer, data) | data.counts()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The training rows whose label a run trusts least, with their text: for its record, and as a table in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_reset.errors import DataError
+from hf_reset.files import write_atomic
+
+if TYPE_CHECKING:
+    from hf_reset.training.trainer import ResetTrainer
+    from hf_reset.study.classification import ClassificationData
+
+FILE_NAME = "suspects.csv"
+_SHOWN = 10
+
+
+def suspects_found(trainer: ResetTrainer, data: ClassificationData) -> dict[str, Any]:
+    """What a run says of its training labels; all rows go to `suspects.csv` in its output folder.
+
+    Args:
+        trainer: after training.
+        data: what it was trained on.
+
+    Returns:
+        `most_suspect`: the ten rows of lowest label quality, the worst first, each with `row`, `text`, `given`,
+        `predicted`, `label_quality` and, where it is known, `is_wrong`. `suspects_auroc`: area under the ROC curve of
+        the label quality against the labels known to be wrong; None where none is, or all are. Empty where the run
+        judged no row.
+    """
+    try:
+        table = trainer.suspects()
+    except DataError:
+        return {}
+    rows, names = data.train, dict(enumerate(data.names))
+    table.insert(0, "text", list(rows["text"]))
+    for name in ("given", "predicted"):
+        table.insert(1, name, table[f"{name}_label"].map(names))
+    is_wrong = None
+    if len(data.mislabelled):
+        table["is_wrong"] = is_wrong = list(rows["is_mislabelled"])
+    table = table.sort_values("label_quality")
+    if trainer.args.should_save:
+        text = table.drop(columns=["given_label", "predicted_label"]).to_csv(index_label="row")
+        write_atomic(Path(trainer.args.output_dir or "") / FILE_NAME, text)
+    shown = ["row", "text", "given", "predicted", "label_quality", *([] if is_wrong is None else ["is_wrong"])]
+    worst = table.loc[table["rank"].notna()].head(_SHOWN).rename_axis("row").reset_index()
+    return {"most_suspect": worst[shown].to_dict("records"), "suspects_auroc": _auroc(table)}
+
+
+def _auroc(table: Any) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    judged = table.loc[table["rank"].notna()]
+    if "is_wrong" not in judged or judged["is_wrong"].nunique() < 2:
+        return None
+    return float(roc_auc_score(judged["is_wrong"], 1 - judged["label_quality"]))
