@@ -9,8 +9,8 @@ from hf_reset.errors import DataError
 from hf_reset.files import write_atomic
 
 if TYPE_CHECKING:
-    from hf_reset.training.trainer import ResetTrainer
     from hf_reset.study.classification import ClassificationData
+    from hf_reset.training.trainer import ResetTrainer
 
 FILE_NAME = "suspects.csv"
 _SHOWN = 10
