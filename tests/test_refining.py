@@ -129,7 +129,7 @@ def test_suspects_are_trained_towards_what_the_memory_predicts(tmp_path, mode, l
     trainer, is_wrong = refined_run(tmp_path, mode, reset_loss=loss)
     assert trainer.refinement.is_active
     first = next(record for record in judged(trainer) if record["suspects"])
-    assert first["step"] >= trainer.reset_callback.reset_state.armed_step
+    assert first["step"] >= 30  # every row was seen twice
     if loss is None:  # which learns faster
         assert is_wrong[trainer.refinement.is_suspect.numpy()].mean() > is_wrong.mean() + 0.15
     touched = 0
@@ -153,11 +153,29 @@ def test_suspects_are_trained_towards_what_the_memory_predicts(tmp_path, mode, l
     assert touched > 20
 
 
-def test_nothing_is_touched_before_resets_begin(tmp_path):
-    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50)
+def test_refinement_needs_no_resets_but_can_wait_for_them(tmp_path):
+    """The first evaluation by which every row was seen twice is that of step 30, of an epoch of 15."""
+    waiting = {"made": {"refinement": RefinementConfig(mode="soft", begin="resets")}, "reset_patience": 50}
+    trainer, _ = refined_run(tmp_path / "waits", "off", **waiting)
     assert trainer.reset_callback.reset_state.armed_step is None
     assert trainer.refinement is None
     assert judged(trainer) == []
+    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50)
+    assert trainer.reset_callback.reset_state.armed_step is None
+    assert next(event["step"] for event in judged(trainer) if event["suspects"]) >= 30
+
+
+def test_refinement_waits_where_the_labels_seem_better_than_the_model(tmp_path):
+    """With a learning rate of nothing the model stays where it began: it knows less than the labels."""
+    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50, learning_rate=1e-9)
+    assert not trainer.refinement.is_active
+    assert "The model seems right in" in judged(trainer)[0]["reason"] or "seen fewer" in judged(trainer)[0]["reason"]
+    assert "The model seems right in" in trainer.refinement.reason
+
+
+def test_without_validation_logits_refinement_waits_for_resets(tmp_path):
+    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50, prediction_loss_only=True)
+    assert trainer.refinement is None
 
 
 def test_nothing_is_touched_before_every_row_was_seen_twice(tmp_path):

@@ -57,6 +57,7 @@ class CalibratedMetrics:
         self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None, *, adds_metrics: bool = True
     ) -> None:
         self.compute_metrics = compute_metrics
+        self.latest: CalibratedLoss | None = None  # of the last evaluation
         self.adds_metrics = adds_metrics  # False: the rows alone are wanted, and the metrics stay those of the user
         self._kept: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._rows: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
@@ -70,7 +71,7 @@ class CalibratedMetrics:
             return metrics
         logits, labels = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
         self._kept.clear()
-        found = calibrated_loss(logits, labels)
+        self.latest = found = calibrated_loss(logits, labels)
         self._rows = found.rows, _frequency_rows(labels)
         if not self.adds_metrics:
             return metrics

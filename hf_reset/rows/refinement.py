@@ -17,6 +17,7 @@ from hf_reset.rows.responses import ResponseMemory
 from hf_reset.rows.suspects import lowest, lowest_of_each_class
 
 MODES = ("off", "soft", "drop", "mix")
+BEGINNINGS = ("memory", "resets")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class RefinementConfig:
     """"off"; "soft": suspects are trained towards what the memory predicts for them; "mix": towards a mixture of that
     and their given label; "drop": they are left out. Responses have no such prediction: "soft" and "mix" weigh their
     loss by `suspect_weight`, "drop" leaves them out."""
+    begin: str = "memory"
+    """"memory": from the first evaluation at which every row was seen `min_visits` times and the model seems right more
+    often than the labels are. Resets begin on evidence that validation has turned, which can be late in a run, or not
+    at all, when there is already much to correct. "resets": not before resets have begun, which is so in any case for
+    responses, and for classes where no validation logits are at hand to tell how right the model is."""
     min_visits: int = 2
     """Nothing is touched before every row was seen so often."""
     decay: float = 0.8
@@ -43,6 +49,8 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"`mode` must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.begin not in BEGINNINGS:
+            raise ConfigError(f"`begin` must be one of {', '.join(BEGINNINGS)}, got {self.begin!r}.")
         if self.min_visits < 1:
             raise ConfigError(f"`min_visits` must be at least 1, got {self.min_visits}. 2 is the default.")
         for name in ("mix", "suspect_weight", "noise_rate"):

@@ -65,7 +65,7 @@ class Plan:
         settings: the columns of the table.
         arms: its rows.
         seeds: one run each.
-        stages: which settings and which arms, by name, come one after another; none: all at once.
+        stages: which settings, arms (both by name) and seeds come one after another; none: all at once.
     """
 
     defaults: Mapping[str, Any]
@@ -106,14 +106,15 @@ class Plan:
             for setting in self.settings:
                 if setting.name not in stage.get("settings", [setting.name]):
                     continue
-                for seed in self.seeds:
+                for seed in stage.get("seeds", self.seeds):
                     for run in (Run(setting, arm, seed) for arm in arms):
                         if run.name not in met:
                             met.add(run.name)
                             yield run
 
     def _check_stages(self, path: str | Path) -> None:
-        known = {"settings": {one.name for one in self.settings}, "arms": {arm.name for arm in self.arms}}
+        known: dict[str, set[Any]] = {"settings": {one.name for one in self.settings}, "seeds": set(self.seeds)}
+        known["arms"] = {arm.name for arm in self.arms}
         for stage in self.stages:
             for part, names in stage.items():
                 if odd := sorted(set(names) - known.get(part, set())):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from hf_reset.losses.by_name import LOSSES, logits_of, shifts_labels
 from hf_reset.losses.memory import EarlyLearningRegularization, named_remembering_loss
 from hf_reset.losses.reduce import IGNORE_INDEX, ScoredRows, per_example, reduce, scored_rows
 from hf_reset.losses.robust import cross_entropy_rows, expected_rows, soft_target_rows
+from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.rows.memory import RowMemory
 from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refine_responses
 from hf_reset.rows.responses import ResponseMemory
@@ -269,24 +269,27 @@ class RefiningMixin(RowMemoryMixin):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         metrics = super()._evaluate(*args, **kwargs)
-        self._judge(metrics or {})
+        self._judge()
         return metrics
 
-    def _judge(self, metrics: dict[str, Any]) -> None:
-        """Once resets have begun, look at every row again."""
+    def _judge(self) -> None:
+        """Look at every row again, once that can begin."""
         callback, memory = getattr(self, "reset_callback", None), self.row_memory
-        if self.refinement_config.mode == "off" or memory is None or callback is None or not callback.reset_state.armed:
+        if self.refinement_config.mode == "off" or memory is None or callback is None:
+            return
+        fit = callback.rows.latest if isinstance(callback.rows, CalibratedMetrics) else None
+        can_tell = self.refinement_config.begin == "memory" and isinstance(memory, RowMemory) and fit is not None
+        if not can_tell and not callback.reset_state.armed:
             return
         trained = self._rows_in_training()
         if isinstance(memory, ResponseMemory):
             found = refine_responses(memory, self.refinement_config, in_training=trained)
         else:
-            noise, accuracy = (_figure(metrics, name) for name in ("label_noise", "estimated_accuracy"))
             found = refine(
                 memory,
                 self.refinement_config,
-                fitted_noise=noise or 0.0,
-                estimated_accuracy=accuracy,
+                fitted_noise=0.0 if fit is None else fit.wrong_labels,
+                estimated_accuracy=None if fit is None else fit.estimated_accuracy,
                 in_training=trained,
             )
         if self.refinement is None or found.is_active or self.refinement.is_active:
@@ -305,9 +308,3 @@ class RefiningMixin(RowMemoryMixin):
         device = self.args.device
         targets = None if found.targets is None else found.targets.to(device)
         return replace(found, is_suspect=found.is_suspect.to(device), weights=found.weights.to(device), targets=targets)
-
-
-def _figure(metrics: dict[str, Any], name: str) -> float | None:
-    """One of the figures of `with_calibrated_loss` among an evaluation's results; None where it is not known."""
-    found = [float(value) for key, value in metrics.items() if key == f"eval_{name}"]
-    return found[0] if found and not math.isnan(found[0]) else None

@@ -192,7 +192,7 @@ class ResetTrainerMixin(RefiningMixin):
         if callback is None:
             return
         if callback.rows is None:
-            callback.rows = row_source(self, callback.config)
+            callback.rows = row_source(self, callback.config, judges_rows=self.refinement_config.mode != "off")
         callback.can_average = True
         callback.listener = self._report
 

@@ -17,15 +17,16 @@ CALIBRATED = METRIC_NAMES[0]
 _LABELS = ("labels", "label", "label_ids")
 
 
-def row_source(trainer: Trainer, config: ResetConfig) -> RowSource | None:
+def row_source(trainer: Trainer, config: ResetConfig, *, judges_rows: bool = False) -> RowSource | None:
     """Have the Trainer's evaluations leave the losses of their rows behind, where something asks for them.
 
     `config.metric` "calibrated_loss" puts `with_calibrated_loss` around `compute_metrics`. Resets that begin on
-    evidence do the same for single-label classifiers, but add nothing to the metrics then.
+    evidence, and refinement, do the same for single-label classifiers, but add nothing to the metrics then.
 
     Args:
         trainer: its `compute_metrics` is wrapped.
         config: what asks.
+        judges_rows: whether refinement asks too.
 
     Returns:
         What hands the rows over; None where nobody asks, or there are none to be had.
@@ -42,8 +43,8 @@ def row_source(trainer: Trainer, config: ResetConfig) -> RowSource | None:
         )
     if isinstance(own, CalibratedMetrics):
         return own
-    asked = by_name or (config.can_reset and config.patience is None and _has_class_rows(trainer))
-    if not asked:
+    asked = judges_rows or (config.can_reset and config.patience is None)
+    if not by_name and not (asked and _has_class_rows(trainer)):
         return None
     source = CalibratedMetrics(own, adds_metrics=by_name)
     trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
