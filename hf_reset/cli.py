@@ -144,7 +144,14 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
     Raises:
         ConfigError: there are no records, or none of a setting that was named, or matplotlib is not installed.
     """
-    from hf_reset.report.comparison import comparison_table, plot_comparison, settings_of, suspects_table
+    from hf_reset.report.comparison import (
+        cells_table,
+        choices_table,
+        comparison_table,
+        plot_comparison,
+        settings_of,
+        suspects_table,
+    )
     from hf_reset.study.comparison import read_records
 
     records = read_records(folder)
@@ -158,6 +165,9 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
         comparison_table(records, chosen),
+        cells_table(records),
+        "What each figure of noisy validation chose in plain training:",
+        choices_table(records),
         "Area under the ROC curve of the suspects against the labels known to be wrong:",
         suspects_table(records, chosen),
     ]

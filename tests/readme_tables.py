@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from hf_reset.report import classification, instructions
-from hf_reset.report.comparison import comparison_table, suspects_table
+from hf_reset.report.comparison import cells_table, choices_table, comparison_table, settings_of, suspects_table
 from hf_reset.report.results import read_results
 from hf_reset.report.tables import markdown_table, summary_table
 from hf_reset.study.comparison import read_records
@@ -19,6 +19,21 @@ RESULTS = ROOT / "recipes" / "results"
 _BLOCK = re.compile(r"<!-- table: (\w+) -->\n(?:(?:(?!<!-- table:).)*?<!-- end -->\n)?", re.DOTALL)
 
 
+def is_noisy(setting: str) -> bool:
+    """Whether at least 40 % of a setting's labels were made wrong."""
+    return setting.endswith(("40", "60"))
+
+
+# The tables of the comparison, by their name in a README.
+STUDY = {
+    "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
+    "comparison_other": lambda records: comparison_table(records, [s for s in settings_of(records) if not is_noisy(s)]),
+    "comparison_cells": cells_table,
+    "choices": choices_table,
+    "suspects": suspects_table,
+}
+
+
 def render(readme: str) -> str:
     """The README with each table drawn anew."""
     return _BLOCK.sub(lambda block: f"<!-- table: {block[1]} -->\n{table(block[1])}\n<!-- end -->\n", readme)
@@ -26,9 +41,8 @@ def render(readme: str) -> str:
 
 def table(name: str) -> str:
     """The table of one result file, or of the folder of a study."""
-    if name in ("comparison", "suspects"):
-        records = read_records(RESULTS / "studies" / "comparison")
-        return comparison_table(records) if name == "comparison" else suspects_table(records)
+    if name in STUDY:
+        return STUDY[name](read_records(RESULTS / "studies" / "comparison"))
     path = RESULTS / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":

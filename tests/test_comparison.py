@@ -10,7 +10,16 @@ import pytest
 
 from hf_reset.cli import main
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.report.comparison import baseline_of, comparison_table, difference, line, lines_of, suspects_table
+from hf_reset.report.comparison import (
+    baseline_of,
+    cells_table,
+    choices_table,
+    comparison_table,
+    difference,
+    line,
+    lines_of,
+    suspects_table,
+)
 from hf_reset.study.arms import PLAIN, RESET, Arm
 from hf_reset.study.comparison import Plan, Run, Setting, claim, pending, read_records, record_path
 
@@ -146,15 +155,40 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert hits / runs > 0.95 - 0.1 - 3 * np.sqrt(0.95 * 0.05 / runs)
 
 
+def test_cells_stand_a_row_a_setting():
+    lines = cells_table(RECORDS).splitlines()
+    assert lines[0] == "| setting | seeds | best checkpoint | plain, last | reset |"
+    assert lines[2] == "| a | 2 | 0.800 ± 0.000 | 0.500 ± 0.000 | 0.890 ± 0.014 |"
+    assert lines[3] == "| b | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.590 |"
+    assert "| a | 2 | 0.800 ± 0.000 | 0.890" in cells_table(RECORDS, ["reset"])
+    rare = [*RECORDS, record("a", "rare", 0, loss=0.7, accuracy=0.7)]
+    assert "rare" not in cells_table(rare)  # of one setting in two
+
+
+def test_many_settings_are_left_to_the_table_of_cells():
+    many = [{**one, "setting": {"name": f"{one['setting']['name']}{k}"}} for one in RECORDS for k in range(3)]
+    assert "a0" not in comparison_table(many)
+    assert "| reset | calibrated | 6 | +4.0 (" in comparison_table(many)
+
+
+def test_choices_of_plain_training_stand_beside_the_noise_that_was_fitted():
+    more = {"best_step": {"calibrated": 20}, "history": {"label_noise": [[10, 0.1], [20, 0.38]]}}
+    records = [{**one, **more, "validation_wrong": 0.4} for one in RECORDS]
+    lines = choices_table(records).splitlines()
+    assert lines[2] == "| a | 2 | 0.800 ± 0.000 | 0.770 ± 0.099 | 0.800 ± 0.000 | 0.380 ± 0.000 | 0.400 |"
+    assert lines[-1] == "| mean |  | 0.660 | 0.685 | 0.700 |  |  |"
+
+
 def test_an_arm_that_was_not_run_is_said():
     with pytest.raises(DataError, match="no record of the arm 'ema'"):
         line(RECORDS, "ema", "loss")
 
 
 def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
+    more = {"best_step": {"calibrated": None}, "history": {}}
     for number, one in enumerate(RECORDS):
         name = f"{one['setting']['name']}--{one['arm']}--seed{number}"
-        (tmp_path / f"{name}.json").write_text(json.dumps({**one, "suspects_auroc": 0.9 if number else 0.8}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({**one, "suspects_auroc": 0.9 if number else 0.8, **more}))
     assert main(["compare", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert comparison_table(read_records(tmp_path)) in printed

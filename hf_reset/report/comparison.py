@@ -21,6 +21,7 @@ from hf_reset.report.tables import Record, markdown_table, mean_and_sd
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
 _TIE = 0.005  # of accuracy: differences below half a point count as none
 _RESAMPLES = 10_000
+_MOST_COLUMNS = 4  # settings beyond which a row a method would be too wide to read; `cells_table` has them then
 
 
 @dataclass(frozen=True)
@@ -145,31 +146,98 @@ def baseline_of(records: Sequence[Record]) -> Line:
 
 
 def comparison_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
-    """Markdown: a row a method, a column a setting, and its difference to the best checkpoint.
+    """Markdown: a row a method, its difference to the best checkpoint, and the settings where they are few.
 
     Args:
         records: of the study.
-        settings: the columns; None: all.
+        settings: those to take in; None: all.
     """
     settings = settings_of(records) if settings is None else settings
     baseline = baseline_of(records)
-    headings = ["method", "checkpoint by", *settings, "to best checkpoint (95 %)", "won / tied / lost", "seconds"]
-    rows = []
+    shown = settings if len(settings) <= _MOST_COLUMNS else []
+    gaps = ["to best checkpoint (95 %)", "worst", "won / tied / lost"]
+    rows, headings = [], ["method", "checkpoint by", "settings", *shown, *gaps, "seconds"]
     for one in lines_of(records):
-        cells = [_cell(one.cells.get(setting)) for setting in settings]
+        cells = [_cell(one.cells.get(setting)) for setting in shown]
         gap = difference(one, baseline, settings)
+        if gap is None:
+            continue
         seconds = mean_and_sd([r.get("train_seconds") for r in records if r["arm"] == one.arm])
         rows.append(
             [
                 one.arm,
                 one.reading,
+                str(gap.wins + gap.ties + gap.losses),
                 *cells,
-                "–" if gap is None else f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
-                "–" if gap is None else f"{gap.wins} / {gap.ties} / {gap.losses}",
+                f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
+                f"{gap.worst:+.1f}",
+                f"{gap.wins} / {gap.ties} / {gap.losses}",
                 "–" if seconds is None else f"{seconds[0]:.0f}",
             ]
         )
     return markdown_table(headings, rows)
+
+
+def cells_table(records: Sequence[Record], arms: Sequence[str] | None = None) -> str:
+    """Markdown: a row a setting, a column a method, mean ± sample standard deviation over the seeds.
+
+    Args:
+        records: of the study.
+        arms: the methods; None: those with a record on most settings. The best checkpoint comes first.
+    """
+    settings = settings_of(records)
+    lines = [one for one in lines_of(records) if one.arm != "plain" or one.reading == "last"]
+    if arms is None:
+        lines = [one for one in lines if 2 * len(one.cells) > len(settings)]
+    else:
+        lines = [one for one in lines if one.arm in arms]
+    baseline = baseline_of(records)
+    headings = ["setting", "seeds", "best checkpoint", *(_named(one) for one in lines)]
+    rows = [
+        [
+            setting,
+            str(len(baseline.cells.get(setting, {}))),
+            *(_cell(one.cells.get(setting)) for one in (baseline, *lines)),
+        ]
+        for setting in settings
+    ]
+    return markdown_table(headings, rows)
+
+
+def choices_table(records: Sequence[Record]) -> str:
+    """Markdown: what each figure of noisy validation chose in plain training, and the noise level fitted.
+
+    The fit is that of the evaluation that it chose; beside it the share of validation labels that are wrong.
+    """
+    ways = (*CLASSIC, "calibrated")
+    rows, means = [], []
+    for setting in settings_of(records):
+        cell = [r for r in records if r["setting"]["name"] == setting and r["arm"] == "plain"]
+        if not cell or any(r["test_accuracy"].get(way) is None for r in cell for way in ways):
+            continue
+        values = {way: [r["test_accuracy"][way] for r in cell] for way in ways}
+        means.append([statistics.fmean(values[way]) for way in ways])
+        fitted = [_at(r["history"].get("label_noise", []), r["best_step"]["calibrated"]) for r in cell]
+        wrong = mean_and_sd([r.get("validation_wrong") for r in cell])
+        rows.append(
+            [
+                *(setting, str(len(cell)), *(_number(mean_and_sd(values[way])) for way in ways)),
+                *(_number(mean_and_sd(fitted)), "–" if wrong is None else f"{wrong[0]:.3f}"),
+            ]
+        )
+    if means:
+        rows.append(["mean", "", *(f"{statistics.fmean(column):.3f}" for column in zip(*means, strict=True)), "", ""])
+    return markdown_table(
+        ["setting", "seeds", *(f"chosen by {way}" for way in ways), "noise fitted", "labels wrong"], rows
+    )
+
+
+def _named(one: Line) -> str:
+    return f"{one.arm}, last" if one.reading == "last" else one.arm
+
+
+def _at(curve: Sequence[Sequence[float]], step: int | None) -> float | None:
+    return next((value for at, value in curve if at == step), None)
 
 
 def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
