@@ -5,9 +5,11 @@ anchor is a new best, none before it having been one. By renewal theory a hazard
 of any way to reset; a falling one says reset sooner, a rising one says do not.
 
 Ages are counted in evaluation intervals, since nothing is seen between two evaluations, and x = r · interval is the
-resets an interval. The hazard is constant within ages 1, 2, 3–4, 5–8, …, and weakly held to a prior: the shape of a
-first passage by diffusion alone, which is best at x = 1/2, at the run's own height. Everything is a pure function of
-plain values, so all ranks choose the same without talking, and a resumed run repeats its choices.
+resets an interval. The hazard is constant within ages 1, 2, 3–4, 5–8, …, and weakly held to a prior: shapes of first
+passages at several Péclet numbers, at the run's own height, weighed by how well they fit, and most of them diffusive;
+together best at x = 1/2. One falling shape alone would call ages that resets seldom let an excursion reach hopeless,
+however high the hazard is before them. Everything is a pure function of plain values, so all
+ranks choose the same without talking, and a resumed run repeats its choices.
 
 References:
     S. Ray, D. Mondal, S. Reuveni, J. Phys. A 52 (2019) 255002, arXiv 1811.08239, for restart and the hazard's fall.
@@ -112,12 +114,15 @@ def hazard(counts: Counts) -> Array:
     """The hazard by age, (256,), at intervals 1, 2, …: chance that an evaluation of that age is a new best.
 
     Gamma–Poisson: a bin with s improvements in n trials, where the prior expects m a trial, has
-    m (s + κ)/(n m + κ), κ = 2. The prior's height follows the run's improvements, its shape is that of diffusion.
+    m (s + κ)/(n m + κ), κ = 2. m is the mean over the prior's shapes, each at the height of the run's improvements, by
+    prior weight times likelihood.
     """
     hits, trials = np.array(counts.hits), np.array(counts.trials)
-    shape = np.array([_DIFFUSIVE[b == _BIN_OF_AGE].mean() for b in range(BINS)])
-    height = (hits.sum() + 1) / ((trials * shape).sum() + 1)
-    expected = np.minimum(height * shape, 0.95)
+    height = (hits.sum() + 1) / (_SHAPES @ trials + 1)
+    each_shape = np.minimum(height[:, None] * _SHAPES, 0.95)
+    fit = np.log(each_shape) @ hits + np.log1p(-each_shape) @ (trials - hits) + _LOG_WEIGHTS
+    weights = np.exp(fit - fit.max())
+    expected = weights @ each_shape / weights.sum()
     each = expected * (hits + _PRIOR_HITS) / (trials * expected + _PRIOR_HITS)
     return np.minimum(each, 0.999)[_BIN_OF_AGE]
 
@@ -343,12 +348,31 @@ def _reason(excursions: Sequence[Excursion], probability: float, shape: str) -> 
     )
 
 
-def _diffusive_hazard(scale: float) -> Array:
-    """Hazard of a first passage by diffusion without drift, (256,): P(T > k) = erf(√(L²/(4 D k)))."""
-    alive = np.array([1.0, *(math.erf(math.sqrt(scale / (4 * k))) for k in range(1, len(_AGES) + 1))])
-    return 1 - alive[1:] / alive[:-1]
+def _passage_hazard(peclet: float, length: float) -> Array:
+    """Hazard of a first passage with L²/D = `length` intervals, mean of each bin (BINS,); T is inverse Gaussian."""
+    alive = [1.0]
+    for k in range(1, len(_AGES) + 1):
+        drifted, spread = 2 * peclet * k / length, 2 * math.sqrt(k / length)
+        late = math.erfc((drifted - 1) / spread) - math.exp(2 * peclet) * math.erfc((drifted + 1) / spread)
+        if late / 2 < 1e-6 * alive[-1] or alive[-1] < 1e-9:  # nobody is left to tell: the last hazard holds
+            break
+        alive.append(late / 2)
+    found = 1 - np.array(alive[1:]) / np.array(alive[:-1])
+    found = np.concatenate([found, np.full(len(_AGES) - len(found), found[-1])])
+    return np.array([found[b == _BIN_OF_AGE].mean() for b in range(BINS)])
 
 
-# L²/D in intervals, for which the best x is the prior's where improvements are rare. (In continuous time, seen at every
-# moment, r* L²/D = 2.54 makes it 5; that they are seen only at evaluations makes it 3.)
-_DIFFUSIVE = _diffusive_hazard(3.0)
+# (Pe, L²/D in intervals): prior weight. Together they are best at the prior's x where improvements are rare. Settled on
+# simulated walks of Pe −0.3 to 2: `auto` within a factor of two of the best, and at its lower bound from Pe 1 on.
+_PASSAGES: dict[tuple[float, float], float] = {
+    (0.0, 1.75): 0.5,
+    (0.0, 10.0): 0.15,
+    (-0.5, 3.0): 0.15,
+    (-0.5, 10.0): 0.1,
+    (0.5, 3.0): 0.025,
+    (1.0, 3.0): 0.025,
+    (1.0, 10.0): 0.025,
+    (2.0, 10.0): 0.025,
+}
+_SHAPES = np.array([_passage_hazard(*shape) for shape in _PASSAGES])
+_LOG_WEIGHTS = np.log(list(_PASSAGES.values()))
