@@ -28,6 +28,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def carry_out(run: Run, chosen: dict[str, Any], options: argparse.Namespace) -> 
     known = states_of(lower, run.setting, run.seed, options.data_dir, json.dumps(chosen))
     if run.arm.overrides.get("filter_with") == "cleanlab":
         return filter_and_retrain(run, chosen, lower, data, known)
+    if run.arm.overrides.get("train_on") == "clean validation":
+        data = on_clean_validation(data)
     return train_once(run, chosen, lower, data, known)
 
 
@@ -261,10 +264,17 @@ def build(
 
     from hf_reset import ResetConfig, ResetTrainer, ResetTrainingArguments
     from hf_reset.metrics import with_calibrated_loss
+    from hf_reset.study.models import with_lora
     from hf_reset.study.tail import pad_states
     from hf_reset.training.best_weights import BestWeightsCallback
 
+    set_seed(run.seed)
     settings = {**chosen["training"], **run.arm.overrides}
+    settings.pop("train_on", None)  # obeyed where the data are chosen
+    model: Any = lower.classifier(len(data.names))
+    if rank := settings.pop("lora_rank", 0):
+        lora = {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+        model = with_lora(model, "SEQ_CLS", SimpleNamespace(**lora))
     args = ResetTrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="study-"),
         seed=run.seed,
@@ -279,13 +289,12 @@ def build(
         reset_finish="last",
         **settings,
     )
-    set_seed(run.seed)
     bests = {
         name: BestWeightsCallback(ResetConfig(metric=key, greater_is_better=name == "accuracy"))
         for name, key in READINGS.items()
     }
     trainer = ResetTrainer(
-        model=lower.classifier(len(data.names)),
+        model=model,
         args=args,
         train_dataset=rows_of(data.train, known, "label"),
         eval_dataset=rows_of(data.validation, known, "label"),
@@ -295,6 +304,17 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, bests
+
+
+def on_clean_validation(data: ClassificationData) -> ClassificationData:
+    """The sobering control: training on four fifths of the validation rows with true labels, the rest chooses."""
+    true = data.validation.remove_columns("label").rename_column("clean_label", "label")
+    true = true.add_column("clean_label", true["label"])  # pyright: ignore[reportCallIssue]
+    order = sorted(range(len(true)), key=lambda row: (row % 5 == 0, row))  # in order of length: both get all lengths
+    count = len(true) - len(range(0, len(true), 5))
+    right = [False] * len(true)
+    true = true.remove_columns("is_mislabelled").add_column("is_mislabelled", right)  # pyright: ignore[reportCallIssue]
+    return replace(data, train=true.select(order[:count]), validation=true.select(order[count:]))
 
 
 def rows_of(rows: Any, known: dict[str, Any], label: str) -> Any:
