@@ -166,6 +166,8 @@ def test_a_study_that_refines_has_three_arms(files, tmp_path):
     asked = options(files, tmp_path, compare=True, noise_rate=0.4, reset_refine="soft")
     records = recipe.run(asked)["records"]
     assert [record["arm"] for record in records] == ["plain", "reset", "reset + refine"]
+    for record in records:  # all chosen alike
+        assert record["best_metric"] == min(value for _, value in record["history"]["calibrated_loss"])
     assert (tmp_path / "reset+refine-seed0" / "model" / "config.json").is_file()
 
 

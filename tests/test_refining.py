@@ -12,6 +12,9 @@ from hf_reset import ResetTrainer, ResetTrainingArguments
 from hf_reset.errors import ConfigError, DataError, UnsupportedError
 from hf_reset.rows.refinement import RefinementConfig
 
+# Validation rows are few here, and it says so.
+pytestmark = pytest.mark.filterwarnings("ignore::hf_reset.errors.WeakEvidenceWarning")
+
 PLAIN = {"reset_probability": 0.0, "reset_finish": "last"}
 ELR = {"reset_loss": "elr", "reset_loss_options": '{"weight": 2.0, "momentum": 0.6}'}
 
@@ -184,6 +187,17 @@ def test_nothing_is_touched_before_every_row_was_seen_twice(tmp_path):
     assert (first["step"], first["suspects"], second["step"]) == (5, 0, 30)
     assert second["suspects"] > 0
     assert "rows were seen fewer than 2 times" in first["reason"]
+
+
+def test_a_run_that_refines_chooses_by_the_calibrated_loss_unless_a_metric_is_named(tmp_path):
+    trainer, _ = refined_run(tmp_path, "soft", max_steps=30)
+    assert trainer.reset_callback.config.metric == "eval_calibrated_loss"
+    losses = [record["eval_calibrated_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert trainer.reset_callback.reset_state.best == min(losses)
+    trainer, _ = refined_run(tmp_path / "named", "soft", max_steps=30, reset_metric="eval_loss")
+    assert trainer.reset_callback.config.metric == "eval_loss"
+    trainer, _ = refined_run(tmp_path / "off", "off", max_steps=30)
+    assert trainer.reset_callback.config.metric is None
 
 
 def test_refined_resume_is_exact(tmp_path):

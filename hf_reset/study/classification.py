@@ -22,6 +22,8 @@ from hf_reset.study.splits import refuse_same_rows, take_split
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+    from hf_reset.training.arguments import ResetTrainingArguments
+
 _MISSING = -1  # a clean label that nobody gave
 
 
@@ -82,16 +84,18 @@ def parse_matrix(text: str | None) -> Sequence[Sequence[float]] | None:
         raise ConfigError(f"`noise_matrix` {text!r} must be rows as JSON: {error}.") from error
 
 
-def refuse_clean_metric(name: str | None) -> None:
-    """Refuse to choose anchors by a figure on clean labels, which is only there to be looked at.
+def settle_metric(training: ResetTrainingArguments) -> None:
+    """Name what chooses anchors and the best weights, in all arms alike: of a study that refines, the calibrated loss.
 
     Args:
-        name: of the metric that is to choose; None for the default.
+        training: the study's arguments; `reset_metric` is set where nobody named a metric and `reset_refine` is on.
 
     Raises:
-        ConfigError: it is one on clean labels.
+        ConfigError: it is a figure on clean labels, which is only there to be looked at.
     """
-    if "clean" in (name or ""):
+    if training.reset_metric is None and training.metric_for_best_model is None and training.reset_refine != "off":
+        training.reset_metric = "eval_calibrated_loss"
+    if "clean" in (training.reset_metric or training.metric_for_best_model or ""):
         raise ConfigError(
             "`reset_metric` would choose anchors by clean labels. If there are some to trust, name their column with "
             "--validation_label_column; the report then says so."

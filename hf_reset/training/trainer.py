@@ -20,7 +20,7 @@ from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_world_size
 from hf_reset.training.refining import RefiningMixin
-from hf_reset.training.validation import row_source
+from hf_reset.training.validation import judged_by, row_source
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
 PRIVATE_HOOKS = {
@@ -191,6 +191,8 @@ class ResetTrainerMixin(RefiningMixin):
         callback = self.reset_callback
         if callback is None:
             return
+        if callback is self._from_arguments and self.refinement_config.mode != "off":
+            callback.config = judged_by(self, callback.config)
         if callback.rows is None:
             callback.rows = row_source(self, callback.config, judges_rows=self.refinement_config.mode != "off")
         callback.can_average = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import Trainer
@@ -49,6 +50,16 @@ def row_source(trainer: Trainer, config: ResetConfig, *, judges_rows: bool = Fal
     source = CalibratedMetrics(own, adds_metrics=by_name)
     trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
     return source
+
+
+def judged_by(trainer: Trainer, config: ResetConfig) -> ResetConfig:
+    """The configuration of a run that refines: it chooses by the calibrated loss where nobody named a metric.
+
+    Refined targets make a model confident and right, which noisy cross-entropy charges it for: it chooses nothing new
+    then (recipes/studies/README.md has the figures). Only single-label classifiers have a calibrated loss.
+    """
+    is_named = config.metric is not None or trainer.args.metric_for_best_model is not None
+    return config if is_named or not _has_class_rows(trainer) else replace(config, metric=f"eval_{CALIBRATED}")
 
 
 def _has_class_rows(trainer: Trainer) -> bool:

@@ -84,13 +84,13 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     from hf_reset import ResetTrainingArguments
     from hf_reset.corpora import docstring_topics
     from hf_reset.report.classification import write_report
-    from hf_reset.study.classification import refuse_clean_metric
+    from hf_reset.study.classification import settle_metric
     from hf_reset.study.options import parse_recipe
     from hf_reset.study.runs import open_study, run_arms, study_callbacks
     from hf_reset.study.splits import load_splits
 
     options, training, configuration = parse_recipe([TextClassificationArguments, ResetTrainingArguments], argv)
-    refuse_clean_metric(training.reset_metric or training.metric_for_best_model)
+    settle_metric(training)
     results, runs, say = open_study("text_classification", options, training, configuration)
     callbacks = study_callbacks(training, results)
     raw = load_splits(docstring_topics, **options.sources())
