@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from hf_reset.report import classification, instructions
+from hf_reset.report import classification, instructions, paper
 from hf_reset.report.comparison import cells_table, choices_table, comparison_table, settings_of, suspects_table
 from hf_reset.report.results import read_results
 from hf_reset.report.tables import markdown_table, summary_table
@@ -43,6 +43,10 @@ def table(name: str) -> str:
     """The table of one result file, or of the folder of a study."""
     if name in STUDY:
         return STUDY[name](read_records(RESULTS / "studies" / "comparison"))
+    if name.startswith("paper_"):
+        study = name.removeprefix("paper_")
+        path = RESULTS / "studies" / "paper" / f"{study}.json"
+        return paper.table(study, json.loads(path.read_text(encoding="utf-8"))["records"])
     path = RESULTS / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":

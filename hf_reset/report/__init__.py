@@ -7,6 +7,7 @@
 * `reading`: how the arms compare, and whether validation could choose, in words;
 * `classification` and `instructions`: the report of each recipe, with its columns and curves;
 * `model_card`: the card of a saved model;
+* `paper`: figures and tables of the studies of the paper's experiments;
 * `suspects`: the report of `hf-reset find-errors`;
 * `plan`: what `hf-reset plan` prints and draws.
 """

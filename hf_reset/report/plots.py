@@ -148,7 +148,7 @@ def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Record], styles: Rec
             continue
         for curve in curves:
             axis.plot(*zip(*curve, strict=True), color=colour, linestyle=dash, linewidth=0.8, alpha=0.4)
-        mean = _mean_curve(curves)
+        mean = mean_curve(curves)
         axis.plot(*zip(*mean, strict=True), color=colour, linestyle=dash, linewidth=2.2, label=arm)
         finals = [record[panel.final] for record in of_arm if panel.final and record.get(panel.final) is not None]
         if finals:
@@ -204,7 +204,7 @@ def _curve(record: Record, name: str) -> list[tuple[float, float]]:
     return [(step, value) for step, value in record.get("history", {}).get(name, []) if value is not None]
 
 
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
     """Mean over the curves at the steps that all of them have."""
     tables = [dict(curve) for curve in curves]
     shared = sorted(set.intersection(*(set(table) for table in tables)))
