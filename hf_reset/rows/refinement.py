@@ -17,7 +17,7 @@ from hf_reset.rows.responses import ResponseMemory
 from hf_reset.rows.suspects import lowest, lowest_of_each_class
 
 MODES = ("off", "soft", "drop", "mix")
-BEGINNINGS = ("memory", "resets")
+BEGINNINGS = ("stall", "resets")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class RefinementConfig:
     """"off"; "soft": suspects are trained towards what the memory predicts for them; "mix": towards a mixture of that
     and their given label; "drop": they are left out. Responses have no such prediction: "soft" and "mix" weigh their
     loss by `suspect_weight`, "drop" leaves them out."""
-    begin: str = "memory"
-    """"memory": from the first evaluation at which every row was seen `min_visits` times and the model seems right more
-    often than the labels are. Resets begin on evidence that validation has turned, which can be late in a run, or not
-    at all, when there is already much to correct. "resets": not before resets have begun, which is so in any case for
-    responses, and for classes where no validation logits are at hand to tell how right the model is."""
+    begin: str = "stall"
+    """"stall": once two evaluations in a row brought no new best, or resets have begun. These wait for evidence that
+    validation has turned, which can come late in a run, when there has long been much to correct; while validation
+    still improves, mean predictions of the past would hold the model back. "resets": not before resets have begun,
+    which is so in any case for responses, and where there are no validation logits to judge the model by."""
     min_visits: int = 2
     """Nothing is touched before every row was seen so often."""
     decay: float = 0.8
@@ -97,8 +97,9 @@ def refine(
     noise found is the larger of `fitted_noise`, which sees uniform noise, and of confident learning's estimate
     from the memory, which sees one class taken for another; or it is `config.noise_rate`.
 
-    Nothing is touched while a row has been seen fewer than `config.min_visits` times, nor while the model is
-    right less often than the labels are: where noise is uniform, as far as `estimated_accuracy` tells.
+    Nothing is touched while a row has been seen fewer than `config.min_visits` times, nor while the model, or the
+    memory, is right less often than the labels are: where noise is uniform, as far as `estimated_accuracy` and
+    `memory_accuracy` tell.
 
     Args:
         memory: After `share`.
@@ -129,11 +130,11 @@ def refine(
         return _nothing(memory.num_rows, reason)
     rate, class_rates, is_uniform = _noise_found(memory, config, fitted_noise)
     # Where noise is not uniform, the fit takes it for doubt of the model's, and its accuracy says nothing.
-    if is_uniform and estimated_accuracy is not None and not estimated_accuracy > 1 - rate:
-        return _nothing(
-            memory.num_rows,
-            f"The model seems right in {estimated_accuracy:.0%} of the rows, the labels in {1 - rate:.0%}.",
-        )
+    for name, accuracy in (("model", estimated_accuracy), ("memory", memory_accuracy(memory, rate))):
+        if is_uniform and accuracy is not None and not accuracy > 1 - rate:
+            return _nothing(
+                memory.num_rows, f"The {name} seems right in {accuracy:.0%} of the rows, the labels in {1 - rate:.0%}."
+            )
     is_suspect = _suspects(memory, config, rate, class_rates)
     return _treated(memory, config, is_suspect, f"{rate:.0%} of the labels look wrong.")
 
@@ -170,6 +171,28 @@ def refine_responses(
     weight = 0.0 if config.mode == "drop" else config.suspect_weight
     weights = torch.where(is_suspect, weight, 1.0)
     return Refinement(is_suspect, weights, None, f"{rate:.0%} of the responses look misplaced.")
+
+
+def memory_accuracy(memory: RowMemory, noise_rate: float) -> float:
+    """How often the memory's most probable class is the right one, from how often it is the given one.
+
+    With uniform noise at rate τ, predictions that are right with probability q agree with the given labels in
+    a = q (1 − τ) + (1 − q) τ / (K − 1) of the rows, if they do not know them: q is solved for. Labels that were learnt
+    by heart make it too high.
+
+    Args:
+        memory: after `share`.
+        noise_rate: τ, in [0, 1].
+
+    Returns:
+        q in [0, 1]; NaN where no row was visited, or labels tell nothing (τ at (K − 1) / K or above).
+    """
+    labelled = (memory.labels >= 0) & memory.visits.gt(0)
+    by_chance = noise_rate / (memory.num_classes - 1)
+    if not labelled.any() or noise_rate + by_chance >= 1:
+        return math.nan
+    agreement = float((memory.margins[labelled] > 0).double().mean())
+    return min(1.0, max(0.0, (agreement - by_chance) / (1 - noise_rate - by_chance)))
 
 
 def _nothing(num_rows: int, reason: str) -> Refinement:

@@ -97,9 +97,9 @@ class ResetArguments:
     reset_refine: Literal["off", "soft", "drop", "mix"] = field(
         default="off",
         metadata={
-            "help": "What becomes of rows whose label the run believes wrong, once it has seen each twice and the "
-            "model seems better than the labels: trained towards what was predicted for them (soft), left out (drop), "
-            "or a mixture (mix)."
+            "help": "What becomes of rows whose label the run believes wrong, once validation stalls and its "
+            "memory of them seems better than the labels: trained towards what was predicted for them (soft), left out "
+            "(drop), or a mixture (mix)."
         },
     )
     reset_row_memory: bool | None = field(

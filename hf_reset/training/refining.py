@@ -16,7 +16,9 @@ from hf_reset.losses.by_name import LOSSES, logits_of, shifts_labels
 from hf_reset.losses.memory import EarlyLearningRegularization, named_remembering_loss
 from hf_reset.losses.reduce import IGNORE_INDEX, ScoredRows, per_example, reduce, scored_rows
 from hf_reset.losses.robust import cross_entropy_rows, expected_rows, soft_target_rows
+from hf_reset.metrics.calibrated import CalibratedLoss
 from hf_reset.metrics.evaluation import CalibratedMetrics
+from hf_reset.policy import ResetState
 from hf_reset.rows.memory import RowMemory
 from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refine_responses
 from hf_reset.rows.responses import ResponseMemory
@@ -25,6 +27,8 @@ from hf_reset.training.memory import RowMemoryMixin
 from hf_reset.training.responses import losses_without_prompts
 
 logger = logging.getLogger(__name__)
+
+STALLED = 2  # evaluations without a new best, after which refinement may begin
 
 
 class RefiningMixin(RowMemoryMixin):
@@ -278,8 +282,7 @@ class RefiningMixin(RowMemoryMixin):
         if self.refinement_config.mode == "off" or memory is None or callback is None:
             return
         fit = callback.rows.latest if isinstance(callback.rows, CalibratedMetrics) else None
-        can_tell = self.refinement_config.begin == "memory" and isinstance(memory, RowMemory) and fit is not None
-        if not can_tell and not callback.reset_state.armed:
+        if not (callback.reset_state.armed or self._has_begun(callback.reset_state, fit)):
             return
         trained = self._rows_in_training()
         if isinstance(memory, ResponseMemory):
@@ -295,6 +298,13 @@ class RefiningMixin(RowMemoryMixin):
         if self.refinement is None or found.is_active or self.refinement.is_active:
             callback.record(self.state, "refinement", suspects=int(found.is_suspect.sum()), reason=found.reason)
         self.refinement = self._on_device(found)
+
+    def _has_begun(self, state: ResetState, fit: CalibratedLoss | None) -> bool:
+        """Whether rows are refined already, or are to be from here on though resets have not begun."""
+        if self.refinement is not None and self.refinement.is_active:
+            return True
+        stalls = self.refinement_config.begin == "stall" and isinstance(self.row_memory, RowMemory) and fit is not None
+        return stalls and state.evaluations_since_best >= STALLED
 
     def _rows_in_training(self) -> Tensor | None:
         """Which of the given rows are trained on, (N,); None for all."""
