@@ -11,6 +11,7 @@ import torch
 from hf_reset import RefinementConfig
 from hf_reset.errors import ConfigError
 from hf_reset.rows import ResponseMemory, RowMemory, refine, refine_responses
+from hf_reset.rows.refinement import memory_accuracy
 
 ROWS, CLASSES = 240, 4
 CLEAN = torch.arange(ROWS) % CLASSES
@@ -213,3 +214,30 @@ def test_responses_wait_for_visits_of_rows_that_have_a_reference():
     memory.share()
     found = refine_responses(memory, replace(SOFT, noise_rate=0.5))
     assert found.is_suspect.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("right", [0.3, 0.6, 0.9])
+def test_the_memorys_accuracy_is_told_from_how_often_it_agrees_with_noisy_labels(right):
+    """Uniform noise at 0.4; three standard errors of the share that agrees, over 1 - 0.4 - 0.4 / 3."""
+    draw, rows, rate = torch.Generator().manual_seed(3), 4000, 0.4
+
+    def changed(labels, share):
+        away = torch.randint(1, CLASSES, (rows,), generator=draw)
+        return torch.where(torch.rand(rows, generator=draw) < share, (labels + away) % CLASSES, labels)
+
+    clean = torch.arange(rows) % CLASSES
+    memory = memory_of(changed(clean, 1 - right), changed(clean, rate))
+    error = 3 * math.sqrt(0.25 / rows) / (1 - rate - rate / 3)
+    assert memory_accuracy(memory, rate) == pytest.approx(right, abs=error)
+    assert math.isnan(memory_accuracy(memory, 0.75))  # labels that tell nothing
+    assert math.isnan(memory_accuracy(RowMemory(4, CLASSES), rate))
+
+
+def test_nothing_is_touched_while_the_memory_is_worse_than_the_labels():
+    """Its mean predictions are of the past: a model that has just become good is no reason to train towards them."""
+    given = corrupted()
+    poor = (CLEAN + 2 * (torch.arange(ROWS) // CLASSES % 2)) % CLASSES  # every other answer is wrong
+    found = refine(memory_of(poor, given), SOFT, fitted_noise=0.4, estimated_accuracy=0.9)
+    assert not found.is_active
+    assert found.reason.startswith("The memory seems right in")
+    assert refine(memory_of(CLEAN, given), SOFT, fitted_noise=0.4, estimated_accuracy=0.9).is_active

@@ -156,28 +156,35 @@ def test_suspects_are_trained_towards_what_the_memory_predicts(tmp_path, mode, l
     assert touched > 20
 
 
+STALLS = {"reset_patience": 50, "reset_min_delta": 9.0}  # the first evaluation stays the best, and resets never begin
+
+
 def test_refinement_needs_no_resets_but_can_wait_for_them(tmp_path):
-    """The first evaluation by which every row was seen twice is that of step 30, of an epoch of 15."""
-    waiting = {"made": {"refinement": RefinementConfig(mode="soft", begin="resets")}, "reset_patience": 50}
+    """Two evaluations without a new best have passed at step 45."""
+    waiting = {"made": {"refinement": RefinementConfig(mode="soft", begin="resets")}, **STALLS}
     trainer, _ = refined_run(tmp_path / "waits", "off", **waiting)
     assert trainer.reset_callback.reset_state.armed_step is None
     assert trainer.refinement is None
     assert judged(trainer) == []
-    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50)
+    trainer, _ = refined_run(tmp_path, "soft", **STALLS)
     assert trainer.reset_callback.reset_state.armed_step is None
-    assert next(event["step"] for event in judged(trainer) if event["suspects"]) >= 30
+    assert judged(trainer)[0]["step"] == 45
+    assert trainer.refinement.is_active
+    trainer, _ = refined_run(tmp_path / "improves", "soft", reset_patience=50)
+    assert trainer.reset_callback.reset_state.evaluations_since_best == 0
+    assert trainer.refinement is None
 
 
 def test_refinement_waits_where_the_labels_seem_better_than_the_model(tmp_path):
     """With a learning rate of nothing the model stays where it began: it knows less than the labels."""
-    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50, learning_rate=1e-9)
+    trainer, _ = refined_run(tmp_path, "soft", **STALLS, learning_rate=1e-9)
     assert not trainer.refinement.is_active
     assert "The model seems right in" in judged(trainer)[0]["reason"] or "seen fewer" in judged(trainer)[0]["reason"]
     assert "The model seems right in" in trainer.refinement.reason
 
 
 def test_without_validation_logits_refinement_waits_for_resets(tmp_path):
-    trainer, _ = refined_run(tmp_path, "soft", reset_patience=50, prediction_loss_only=True)
+    trainer, _ = refined_run(tmp_path, "soft", **STALLS, prediction_loss_only=True)
     assert trainer.refinement is None
 
 

@@ -94,8 +94,8 @@ def refine(
 
     Suspects are rows whose mean margin is below 0, the lowest first. Of all rows at most the noise found is
     touched, of each given class at most the noise found in it, and never all of a class (`min_class_share`). The
-    noise found is the larger of `fitted_noise`, which sees uniform noise, and of confident learning's estimate
-    from the memory, which sees one class taken for another; or it is `config.noise_rate`.
+    noise found is `fitted_noise`, which sees uniform noise, unless confident learning, which sees one class taken for
+    another, finds more than twice as much in the memory; or it is `config.noise_rate`.
 
     Nothing is touched while a row has been seen fewer than `config.min_visits` times, nor while the model, or the
     memory, is right less often than the labels are: where noise is uniform, as far as `estimated_accuracy` and
@@ -219,7 +219,8 @@ def _noise_found(
     else:
         rate, class_rates = 0.0, np.zeros(memory.num_classes)
     is_uniform = 2 * fitted >= rate
-    rate = max(rate, fitted) if config.noise_rate is None else config.noise_rate
+    rate = fitted if is_uniform else rate  # a memory that is often wrong itself makes confident learning's too high
+    rate = rate if config.noise_rate is None else config.noise_rate
     return rate, np.maximum(class_rates, rate), is_uniform
 
 
