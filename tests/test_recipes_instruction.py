@@ -414,3 +414,64 @@ def test_small_llama_is_whole_or_absent(tmp_path, monkeypatch):
             tmp_path / "base", TEXTS, hidden_size=32, num_hidden_layers=1, vocab_size=400, steps=1, use_cpu=True
         )
     assert not (tmp_path / "base").exists()
+
+
+def as_gguf(model, path):
+    """Write a Llama's weights as a GGUF file, in float32; queries and keys in the order that its kernels want."""
+    from gguf import GGUFWriter
+
+    config, weights = model.config, {name: p.detach() for name, p in model.named_parameters()}
+    writer = GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {
+        **{f"self_attn.{one}_proj": f"attn_{one}" for one in "qkv"},
+        **{f"mlp.{one}_proj": f"ffn_{one}" for one in ("gate", "up", "down")},
+        "self_attn.o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    for layer in range(config.num_hidden_layers):
+        names |= {f"model.layers.{layer}.{mine}": f"blk.{layer}.{theirs}" for mine, theirs in parts.items()}
+    for name, weight in weights.items():
+        theirs = names[name.removesuffix(".weight")]
+        if theirs.endswith(("attn_q", "attn_k")):
+            count = heads[theirs[-1]]
+            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{theirs}.weight", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_tuned_as_the_model_that_it_is(folder, tmp_path):
+    (tmp_path / "packed").mkdir()
+    as_gguf(AutoModelForCausalLM.from_pretrained(folder / "base"), tmp_path / "packed" / "tiny.gguf")
+    named = {"model_name_or_path": tmp_path / "packed", "gguf_file": "tiny.gguf", "tokenizer_name": folder / "base"}
+    losses = [
+        read_results(out)["records"][0]["history"]["validation_loss"]
+        for out, more in ((tmp_path / "own", {}), (tmp_path / "gguf", named))
+        if recipe.run(options(folder, out, save_model=False, **more))
+    ]
+    assert losses[1] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in losses[0]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"model_name_or_path": None}, "`gguf_file` 'tiny.gguf' is a file of a model, and none is named"),
+        ({"gguf_file": "none.gguf"}, "cannot be loaded"),
+    ],
+)
+def test_a_gguf_file_that_is_not_there_is_refused(folder, tmp_path, more, message):
+    with pytest.raises(ConfigError, match=message):
+        recipe.run(options(folder, tmp_path, **{"gguf_file": "tiny.gguf", **more}))

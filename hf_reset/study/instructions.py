@@ -212,18 +212,20 @@ def prompt_texts(rows: Dataset, prompt_column: str | None = None, response: str 
     return [text for text in texts if text]
 
 
-def chat_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def chat_tokenizer(base: str, options: Any) -> PreTrainedTokenizerBase:
     """A tokenizer with a chat template and something to pad with.
 
     Args:
-        name: on the hub, or a local directory.
-        chat_template: a file with another template than its own.
+        base: the model's name on the hub, or a local directory.
+        options: of the recipe; `tokenizer_name`, or else the `gguf_file` in `base`, and `chat_template`, a file with
+            another template than its own.
 
     Raises:
         ConfigError: it, or the file, cannot be loaded, or it has no chat template.
     """
-    tokenizer = load_tokenizer(name, argument="tokenizer_name")
-    if chat_template is not None:
+    own = {"gguf_file": options.gguf_file} if options.gguf_file and not options.tokenizer_name else {}
+    tokenizer = load_tokenizer(options.tokenizer_name or base, argument="tokenizer_name", **own)
+    if (chat_template := options.chat_template) is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:

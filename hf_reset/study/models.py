@@ -32,15 +32,20 @@ def load_pretrained(
         ) from error
 
 
-def load_tokenizer(name: str, *, argument: str = "model_name_or_path") -> Any:
+def load_tokenizer(name: str, *, argument: str = "model_name_or_path", **options: Any) -> Any:
     """A tokenizer that can pad: decoders often have no padding token, and padding is masked everywhere.
+
+    Args:
+        name: on the hub, or a local directory.
+        argument: name of the option it came by, for messages.
+        options: of `from_pretrained`, such as `gguf_file`.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, argument=argument)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, name, argument=argument, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -95,6 +100,47 @@ def refuse_4bit(trains_all: bool) -> None:
             "`load_in_4bit` is for adapters on a model named with --model_name_or_path: 4-bit weights cannot be "
             "trained themselves. Leave it False."
         )
+
+
+def refuse_gguf(options: Any) -> None:
+    """Refuse a GGUF file that there is no folder for, or that is to be quantized anew.
+
+    Args:
+        options: with `gguf_file`, `model_name_or_path` and `load_in_4bit`.
+
+    Raises:
+        ConfigError: `gguf_file` without `model_name_or_path`, or with `load_in_4bit`.
+    """
+    if options.gguf_file is None:
+        return
+    if options.model_name_or_path is None:
+        raise ConfigError(
+            f"`gguf_file` {options.gguf_file!r} is a file of a model, and none is named. Give its folder, or its name "
+            "on the hub, with --model_name_or_path."
+        )
+    if options.load_in_4bit:
+        raise ConfigError("`load_in_4bit` and `gguf_file` are two quantizations of the same weights. Leave one out.")
+
+
+def loading_options(options: Any) -> dict[str, Any]:
+    """What a recipe passes to a model's `from_pretrained`: `dtype`, 4 bits, a GGUF file."""
+    import torch
+
+    loading: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
+    if options.load_in_4bit:
+        loading["quantization_config"] = in_4bit()
+    if options.gguf_file is not None:
+        loading["gguf_file"] = options.gguf_file
+        loading |= _unpacked()
+    return loading
+
+
+def _unpacked() -> dict[str, Any]:
+    """Full weights of a GGUF file: recent transformers leave them packed otherwise, and refuse to train them."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def in_4bit() -> Any:

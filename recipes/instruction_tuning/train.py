@@ -56,6 +56,7 @@ class InstructionTuningArguments(RecipeArguments):
     model_name_or_path: str | None = option(
         None, "Causal model on the hub or local directory. Default: a small Llama, trained a little on plain text."
     )
+    gguf_file: str | None = option(None, "A GGUF file in it, loaded as full weights (needs the package gguf).")
     tokenizer_name: str | None = option(None, "Its tokenizer, where it is another.")
     chat_template: str | None = option(None, "File with a chat template, for tokenizers without.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type in which a named model is loaded.")
@@ -158,7 +159,7 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
     from hf_reset.losses.by_name import named_loss
-    from hf_reset.study.models import refuse_4bit
+    from hf_reset.study.models import refuse_4bit, refuse_gguf
 
     if options.loss is not None:
         named_loss(options.loss)  # refused by the name of the option that was given
@@ -166,6 +167,7 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
     training.loss_options()
     if options.load_in_4bit:
         refuse_4bit(options.model_name_or_path is None or options.full_finetuning)
+    refuse_gguf(options)
 
 
 def base_model(
@@ -200,15 +202,11 @@ def build_model(
     options: InstructionTuningArguments, training: Any, tokenizer: PreTrainedTokenizerBase, base: str
 ) -> PreTrainedModel:
     """The base model, with adapters (LoRA or DoRA) unless all weights are to be trained."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_reset.study.models import in_4bit, load_pretrained, refuse_encoder, refuse_misfit, with_lora
+    from hf_reset.study.models import load_pretrained, loading_options, refuse_encoder, refuse_misfit, with_lora
 
-    loading: dict[str, Any] = {"dtype": getattr(torch, options.dtype)}
-    if options.load_in_4bit:
-        loading["quantization_config"] = in_4bit()
-    model = load_pretrained(AutoModelForCausalLM.from_pretrained, base, **loading)
+    model = load_pretrained(AutoModelForCausalLM.from_pretrained, base, **loading_options(options))
     refuse_encoder(model, base)
     refuse_misfit(model, base, tokenizer, options.tokenizer_name or base, options.max_seq_length)
     if options.full_finetuning:
@@ -276,7 +274,7 @@ def train_and_measure(
     fresh_engine()
     args = arguments_of(training, arm, seed)
     set_seed(seed)
-    tokenizer = chat_tokenizer(options.tokenizer_name or base, options.chat_template)
+    tokenizer = chat_tokenizer(base, options)
     splits, notes = data.tokens(tokenizer, options.max_seq_length)
     results.note(*data.notes, *notes)
     model = build_model(options, training, tokenizer, base)
