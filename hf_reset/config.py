@@ -64,8 +64,8 @@ class ResetConfig:
             saved and finished with, and a reset sets both it and the live weights to the anchor. None: no average.
             With `probability=0` it is averaging alone. Needs `ResetTrainer`.
 
-    With `probability=0` (or `max_resets=0`), `finish="last"` and no average the run is the plain Trainer's, bit for
-    bit, and no anchor is stored.
+    With `probability=0` (or `max_resets=0`), no average, and `finish="last"` or no evaluations, the run is the plain
+    Trainer's, bit for bit, and no anchor is stored.
 
     Raises:
         ConfigError: a field has a value it cannot have; the message names it, the value, and the remedy.

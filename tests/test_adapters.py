@@ -113,9 +113,10 @@ def test_a_process_without_this_package_reads_it(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
-def test_modules_to_save_outside_the_scope_go_in_live(tmp_path):
+@pytest.mark.parametrize("keep_rest", [False, True])
+def test_modules_to_save_outside_the_scope_go_in_live_or_as_they_were_evaluated(tmp_path, keep_rest):
     model = adapted(modules_to_save=["lm_head"])
-    store = AnchorStore(model, scope="adapters")
+    store = AnchorStore(model, scope="adapters", keep_rest=keep_rest)
     store.snapshot()
     anchored = values(model)
     scramble(model, 3)
@@ -123,7 +124,7 @@ def test_modules_to_save_outside_the_scope_go_in_live(tmp_path):
     loaded = values(PeftModel.from_pretrained(base(), save_adapter_anchor(store, model, tmp_path)))
     assert torch.equal(
         loaded["base_model.model.lm_head.modules_to_save.default.weight"],
-        live["base_model.model.lm_head.modules_to_save.default.weight"],
+        (anchored if keep_rest else live)["base_model.model.lm_head.modules_to_save.default.weight"],
     )
     adapters = [name for name in loaded if "lora_" in name]
     assert all(torch.equal(loaded[name], anchored[name]) for name in adapters)

@@ -451,8 +451,12 @@ def test_a_finish_brings_back_all_that_was_evaluated_with_a_partial_anchor(train
     moved, moments_moved = weights(model), moments(optimizer, model)
     anchor.restore()  # a reset goes back in its scope only
     assert equal(weights(model), {name: (before if name in anchor.names else moved)[name] for name in moved})
-    with anchor.swapped():
-        assert equal(weights(model), {name: (before if name in anchor.names else moved)[name] for name in moved})
+    after_reset = weights(model)
+    for one, all_of_it in ((anchor, True), (lean, False)):  # a visit brings all that is held, and takes it away again
+        assert one.holds_all is all_of_it
+        with one.swapped():
+            assert equal(weights(model), before if all_of_it else after_reset)
+        assert equal(weights(model), after_reset)
     anchor.save(tmp_path / "a")
     reloaded = AnchorStore(model, optimizer, scope="head", keep_rest=True)
     reloaded.load(tmp_path / "a")

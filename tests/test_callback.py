@@ -294,6 +294,22 @@ def test_nothing_to_refuse_where_nothing_is_asked(tmp_path):
     plain_run(tmp_path, callback=callback(probability=0, finish="last"), eval_strategy="no")
 
 
+@pytest.mark.parametrize("options", [{"probability": 0}, {"max_resets": 0}, {"probability": 0, "ema_decay": 0.5}])
+def test_without_resets_and_evaluations_it_is_the_plain_trainer_and_says_so(tmp_path, caplog, options):
+    """There are no best weights to finish with, and no reason to refuse to train."""
+    plain, _ = plain_run(tmp_path / "plain", eval_strategy="no")
+    reset, averages = callback(**options), "ema_decay" in options
+    reset.can_average = averages
+    trainer, recorder = plain_run(tmp_path / "reset", callback=reset, eval_strategy="no")
+    assert equal(recorder.after_step[15], weights(plain.model))
+    assert equal(weights(trainer.model), weights(plain.model)) is not averages
+    assert reset.store is None
+    assert not reset.events
+    said = [record.getMessage() for record in caplog.records if record.name == "transformers.hf_reset"]
+    assert len(said) == (not averages)
+    assert averages or '`eval_strategy` is "no", so no weights can be told to be the best' in said[0]
+
+
 def test_a_metric_that_the_evaluation_lacks(tmp_path):
     with pytest.raises(MetricError, match=r"`metric` 'eval_f1' is not among .*eval_loss.*`compute_metrics`"):
         plain_run(tmp_path, callback=callback(metric="f1"))

@@ -1,8 +1,14 @@
-"""The loop over arms and seeds."""
+"""The loop over arms and seeds, and what a run saves."""
 
+import pytest
+from safetensors.torch import load_file
+from tiny import equal, reset_run
+
+from hf_reset import ResetConfig
 from hf_reset.report.results import Results
 from hf_reset.study.arms import PLAIN, RESET
-from hf_reset.study.runs import run_arms
+from hf_reset.study.runs import run_arms, save_final_model
+from hf_reset.training.best_weights import BestWeightsCallback
 
 
 def test_runs_that_have_a_record_are_skipped(tmp_path):
@@ -18,3 +24,17 @@ def test_runs_that_have_a_record_are_skipped(tmp_path):
     assert ran == [(RESET, 0)]
     assert [r["x"] for r in results.records] == [1, 2]
     assert "skipped" in said[0]
+
+
+@pytest.mark.parametrize("finish", ["anchor", "last"])
+def test_the_saved_model_of_a_partial_scope_is_weights_that_were_evaluated(tmp_path, finish):
+    """Whether the run kept what lay beside the anchor, or ended with its last weights, as those of a study do."""
+    best = BestWeightsCallback(ResetConfig())
+    options = {"reset_probability": 0.4, "reset_patience": 0, "reset_scope": "head", "learning_rate": 2e-2}
+    trainer, recorder = reset_run(tmp_path, callbacks=[best], reset_finish=finish, **options)
+    step = trainer.reset_callback.reset_state.anchor_step
+    assert step < 15
+    save_final_model(trainer, "anchor", best, str(tmp_path / "model"))
+    evaluated = recorder.evaluated[step][1]
+    assert equal(load_file(tmp_path / "model" / "model.safetensors"), evaluated)
+    assert not equal(recorder.after_step[15], evaluated)

@@ -11,7 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import TRAIN, VALIDATION, Recorder, arguments, bert, callback, equal, reset_run, steps_of, weights
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from hf_reset import ResetArguments, ResetTrainer, ResetTrainerMixin, ResetTrainingArguments, StochasticResetCallback
+from hf_reset import (
+    ResetArguments,
+    ResetConfig,
+    ResetTrainer,
+    ResetTrainerMixin,
+    ResetTrainingArguments,
+    StochasticResetCallback,
+)
 from hf_reset.corpora import train_tokenizer
 from hf_reset.errors import ConfigError
 from hf_reset.training.trainer import PRIVATE_HOOKS
@@ -168,6 +175,19 @@ def test_fields_that_are_set_after_construction_take_effect(tmp_path):
     assert steps_of(trainer.reset_callback.events, "reset") == list(range(3, 15))
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     assert all(abs(loss - 2 / 3) < 0.1 for loss in losses)  # 1 − p of three classes, near chance
+
+
+def test_a_configuration_that_is_set_on_the_callback_stands(tmp_path):
+    trainer, _ = reset_run(tmp_path, train=False, reset_probability=0.0, reset_patience=0)
+    given = ResetConfig(probability=1.0, patience=0)
+    trainer.reset_callback.config = given
+    for _ in range(2):
+        trainer.train()
+        assert trainer.reset_callback.config is given
+        assert steps_of(trainer.reset_callback.events, "reset") == list(range(3, 15))
+    trainer.args.reset_probability = 0.5
+    with pytest.raises(ConfigError, match=r"`reset_callback.config` was set .* so were `reset_\*` fields"):
+        trainer.train()
 
 
 def test_a_field_that_is_set_wrong_after_construction_is_refused(tmp_path):

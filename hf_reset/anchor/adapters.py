@@ -28,7 +28,8 @@ def save_adapter_anchor(
     """Write the model as a reset would leave it: what `PeftModel.from_pretrained(base, folder)` reads.
 
     What is trained outside the anchor's scope (`modules_to_save` under the scope "adapters") goes in with its live
-    value. Each file is written under another name and renamed. Call it on one process.
+    value, or with that of the snapshot where the anchor keeps it too (`keep_rest`, as in a run with `finish="anchor"`).
+    Each file is written under another name and renamed. Call it on one process.
 
     Args:
         store: the anchor; its scope selects parameters of `model`.

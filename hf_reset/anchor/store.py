@@ -39,8 +39,9 @@ class AnchorStore:
             takes the running statistics of BatchNorm layers along.
         optimizer_state: on restore, "restore" what it was at the snapshot, "zero" it, or "keep" it.
         storage: "device", beside the weights, or "cpu" (pinned where the weights are on CUDA).
-        keep_rest: whether `snapshot` copies the trainable weights outside the scope too, for `finish`: the bytes of
-            these weights, without optimizer state. With a scope that covers everything it makes no difference.
+        keep_rest: whether `snapshot` copies the trainable weights outside the scope too, for `finish` and `swapped`:
+            the bytes of these weights, without optimizer state. With a scope that covers everything it makes no
+            difference.
 
     Raises:
         ScopeError: the scope selects nothing, everything by accident, or a tied head.
@@ -90,6 +91,11 @@ class AnchorStore:
     def is_full(self) -> bool:
         """Whether the scope is all that is trained."""
         return self._views.is_full
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all trainable weights of the snapshot are held: the scope is full, or the rest was kept."""
+        return bool(self._copy) and (self.is_full or any(key.is_rest for key in self._copy.held))
 
     @property
     def is_set(self) -> bool:
@@ -153,7 +159,7 @@ class AnchorStore:
         """Leave the model as it was when the anchor was taken: `restore`, and the weights outside the scope.
 
         Returns:
-            Whether all trainable weights are the anchor's: with a partial scope, whether the rest was kept.
+            Whether all trainable weights are the anchor's, see `holds_all`.
 
         Raises:
             AnchorError: there is no anchor yet, or it is swapped in.
@@ -163,7 +169,7 @@ class AnchorStore:
         if rest:
             self._views.give_up_gathered(rest=True)
             self._copy.put_back(rest)
-        return self.is_full or any(key.is_rest for key in self._copy.held)
+        return self.holds_all
 
     def distance(self) -> float:
         """Euclidean distance ‖θ − θ_c‖ of the live parameters from the anchor (this rank's share of it)."""
@@ -189,7 +195,9 @@ class AnchorStore:
     def swapped(self) -> Iterator[None]:
         """For a moment, the live parameters are the anchor's; they come back on leaving.
 
-        Optimizer state stays where it is. One tensor at a time is held twice.
+        All that the anchor holds: with `keep_rest` the model is as it was at the snapshot, as `finish` leaves it.
+        Without it, what lies outside a partial scope stays live. Optimizer state stays where it is. One tensor at a
+        time is held twice.
         """
         self._refuse_swapped("swapped")
         self._require_set("swapped")
@@ -264,8 +272,9 @@ class AnchorStore:
         return {**self._views.weights(), **self._views.rest(), **state}
 
     def _exchange(self) -> None:
-        self._views.give_up_gathered()
-        self._copy.exchange(self._views.weights())
+        rest = self._views.rest()
+        self._views.give_up_gathered(rest=bool(rest))
+        self._copy.exchange({**self._views.weights(), **rest})
 
     def _check_fit(self, path: str | os.PathLike[str], header: Header, shapes: Shapes) -> None:
         saved_scope = json.loads(header["scope"])

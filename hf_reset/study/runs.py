@@ -250,6 +250,9 @@ def save_final_model(
 ) -> None:
     """Save the last weights, or the anchor's (without resets: the best evaluated), as `reset_finish` says.
 
+    An anchor of a part of the model was not evaluated beside the last step's rest. Where it does not hold the rest that
+    was, all weights are those of the best evaluation, which is the anchor's unless that was fixed earlier.
+
     Args:
         trainer: a `ResetTrainer`, after training.
         finish: the study's `reset_finish`.
@@ -259,7 +262,7 @@ def save_final_model(
         options: the text-classification recipe's, for the card.
     """
     store = trainer.reset_callback.store
-    anchor = store.swapped() if store is not None and store.is_set else best.swapped()
+    anchor = store.swapped() if store is not None and store.holds_all else best.swapped()
     with anchor if finish == "anchor" else nullcontext():
         save_whole_model(trainer, path)
     if record is not None and trainer.args.should_save:

@@ -113,10 +113,12 @@ class StochasticResetCallback(TrainerCallback):
         run = Run(self.config, args)
         self.events, self.reset_state, self.store, self.average = [], ResetState(), None, None
         with together():
-            if self.config.needs_anchor:
+            if run.chooses:
                 run.watch.refuse_no_evaluation(args)
                 self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
                 run.trained = TrainedParameters(kwargs["model"])
+            elif self.config.needs_anchor and self.config.ema_decay is None:
+                self._say(state, narration.NOTHING_TO_CHOOSE)
             if self.config.ema_decay is not None:
                 self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
             if state.global_step > 0:
@@ -167,7 +169,7 @@ class StochasticResetCallback(TrainerCallback):
     ) -> None:
         """Remember whether the Trainer's own evaluation is due, while somebody evaluates."""
         if self._run is not None:
-            self._run.is_due = control.should_evaluate and self.config.needs_anchor
+            self._run.is_due = control.should_evaluate and self._run.chooses
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

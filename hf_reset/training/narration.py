@@ -20,6 +20,10 @@ WITH_UNTOLD = (
     "The model ends with the weights of the last step: validation cannot tell the anchor from them. More validation "
     "rows would tell; a number for `patience` ends with the anchor all the same."
 )
+NOTHING_TO_CHOOSE = (
+    'Nothing is to be reset and `eval_strategy` is "no", so no weights can be told to be the best: the model ends with '
+    'the last ones. For the best evaluated ones (`finish="anchor"`) set `eval_strategy` and `eval_steps`.'
+)
 
 
 def beginning(config: ResetConfig, state: ResetState, watch: MetricWatch) -> str:

@@ -27,7 +27,7 @@ class Run:
     Attributes:
         watch: the metric that chooses anchors.
         seed: of the draws.
-        chooses: whether an anchor is ever needed; else the run is the plain Trainer's.
+        chooses: whether weights are chosen, by resets or at the end; else the run is the plain Trainer's.
         observed_step: steps done at the last evaluation taken in.
         saved_step: steps done at the last save of the anchor.
         seen: whether an evaluation since the last step had the metric.
@@ -42,7 +42,8 @@ class Run:
     """
 
     def __init__(self, config: ResetConfig, args: TrainingArguments) -> None:
-        self.chooses = config.needs_anchor
+        # Without resets and without evaluations there is nothing to choose, and nothing to choose by.
+        self.chooses = config.can_reset or (config.needs_anchor and args.eval_strategy != "no")
         self.watch = MetricWatch.of(config, args, strict=self.chooses)
         self.seed = args.seed if config.seed is None else config.seed
         # Trainer looks for its own metric itself, and says it in its own words if that is missing.

@@ -64,8 +64,11 @@ class ResetTrainerMixin(RefiningMixin):
         - `reset_refine` trains suspects towards what was predicted for them; `reset_loss="elr"` and `row_weights`
           know rows too: see `RefiningMixin`.
 
+    `reset_*` fields may also be set, or searched over, after construction, or `reset_callback.config` in their place.
+
     Raises:
-        ConfigError: both a callback and `reset_*` fields were given.
+        ConfigError: both a callback and `reset_*` fields were given, or, when training begins, both the callback's
+            configuration and the fields were changed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +83,8 @@ class ResetTrainerMixin(RefiningMixin):
                     "`callbacks` has a StochasticResetCallback and `args` has `reset_*` fields, so two would reset. "
                     "Pass one: plain TrainingArguments with the callback, or ResetTrainingArguments without."
                 )
-            self._from_arguments = StochasticResetCallback(self.args.reset_config())
+            self._followed = self.args.reset_config()
+            self._from_arguments = StochasticResetCallback(self._followed)
             self.add_callback(self._from_arguments)
 
     @property
@@ -180,9 +184,20 @@ class ResetTrainerMixin(RefiningMixin):
         return nullcontext() if self.reset_callback is None else self.reset_callback.averaged()
 
     def _follow_arguments(self) -> None:
-        """Take over `reset_*` fields as they are now: they may be set, or searched over, after construction."""
-        if isinstance(self.args, ResetArguments) and self._from_arguments is not None:
-            self._from_arguments.config = self.args.reset_config()
+        """Take over `reset_*` fields as they are now: they may be set, or searched over, after construction.
+
+        A configuration that the user has given the callback instead stands.
+        """
+        callback = self._from_arguments
+        if isinstance(self.args, ResetArguments) and callback is not None:
+            config = self.args.reset_config()
+            if callback.config == self._followed:
+                callback.config = self._followed = config
+            elif config != self._followed:
+                raise ConfigError(
+                    "`reset_callback.config` was set after construction, and so were `reset_*` fields of `args`, so it "
+                    "is not clear which are meant. Set one of them, the fields if they are searched over."
+                )
         self.follow_loss_arguments()
 
     def _make_ready(self) -> None:
