@@ -105,17 +105,17 @@ def _passage_table(records: Sequence[Record]) -> str:
     rows = []
     for arm in arms_of(records):
         of_arm = [record for record in records if record["arm"] == arm]
-        near = [_ratio_at_best(record) for record in of_arm]
+        ratios = [ratio for record in of_arm for ratio in _ratios(record)]
         row = [arm, _number([record.get("peclet") for record in of_arm], 2)]
         row += [_number([record[key] for record in of_arm], 4) for key in ("predicted_best", "observed_best")]
-        rows.append([*row, _number([record.get("planned") for record in of_arm], 4), _number(near, 2)])
+        rows.append([*row, _number([record.get("planned") for record in of_arm], 4), _number(ratios, 2)])
     heading = ["", "Péclet number", "best r, predicted", "best r of the grid, observed", "r that `auto` would take"]
-    return markdown_table([*heading, "observed over predicted mean time, at the observed best"], rows)
+    return markdown_table([*heading, "observed over predicted mean time, all r above 0"], rows)
 
 
-def _ratio_at_best(record: Record) -> float | None:
-    point = next(one for one in record["points"] if one["probability"] == record["observed_best"])
-    return point["observed"] / point["predicted"] if point["predicted"] else None
+def _ratios(record: Record) -> list[float]:
+    points = [one for one in record["points"] if one["probability"] and one["observed"] and one["predicted"]]
+    return [one["observed"] / one["predicted"] for one in points]
 
 
 def _number(values: Sequence[float | None], digits: int = 3) -> str:
@@ -201,6 +201,8 @@ def _gains(records: Sequence[Record], key: str, name: str) -> Figure:
             right.plot(*zip(*seen, strict=True), alpha=0.7, **style) if seen else None
     both = [(record["peclet_at_arming"], gain) for record, gain in found if record["peclet_at_arming"]]
     right.set_xscale("log")
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("{x:g}")
     right.set_title(f"Spearman's rank correlation {rank_correlation(*zip(*both, strict=True)):+.2f}", fontsize=10)
     for axis in (left, right):
         axis.axhline(0, color="#999999", linewidth=0.8)
@@ -245,7 +247,7 @@ def _passages(records: Sequence[Record]) -> Figure:
     others = [record for record in records if "linear" not in record]
     for axis, shown, title in zip(axes, (linear, others), ("linear classifier", "small transformer"), strict=True):
         for record, colour in zip(shown, _COLOURS, strict=False):
-            points = [point for point in record["points"] if point["probability"] > 0]
+            points = [point for point in record["points"] if point["probability"] and point["observed"]]
             x = [point["probability"] for point in points]
             name = f"Pe {record['peclet']:.2f}" if "peclet" in record else f"seed {record['seed']}"
             error = [point["error"] for point in points]

@@ -172,16 +172,27 @@ def passage_record(
 
 
 def _point(probability: float, times: np.ndarray, censored: np.ndarray, predicted: float) -> dict[str, Any]:
-    """Measured mean and its standard error, too low where some were censored; a prediction that is infinite is None."""
+    """Measured mean and its standard error; a prediction that is infinite is None.
+
+    Where some are censored, all steps over the arrivals: right for what renews itself, as resets make it.
+    """
+    arrivals = len(times) - int(censored.sum())
+    mean = float(times.sum()) / arrivals if arrivals else None
+    error = float(times.std(ddof=1)) / math.sqrt(len(times))
     return {
         "probability": probability,
         "predicted": predicted if math.isfinite(predicted) else None,
-        "observed": float(times.mean()),
-        "error": float(times.std(ddof=1) / math.sqrt(len(times))),
+        "observed": mean,
+        "error": mean / math.sqrt(arrivals) if mean is not None and censored.any() else error,
         "censored": int(censored.sum()),
         "count": len(times),
     }
 
 
-def _observed_best(points: Sequence[dict[str, Any]]) -> float:
-    return min(points, key=lambda point: point["observed"])["probability"]
+def _observed_best(points: Sequence[dict[str, Any]]) -> float | None:
+    """The probability with the least mean, None where nothing arrived.
+
+    Without resets nothing renews itself, so that steps over arrivals are no mean.
+    """
+    sure = [point for point in points if point["observed"] and (point["probability"] or not point["censored"])]
+    return min(sure, key=lambda point: point["observed"])["probability"] if sure else None

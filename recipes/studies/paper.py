@@ -189,7 +189,7 @@ def transformer(one: dict[str, Any], model: Any, splits: Any) -> dict[str, Any]:
         optimizer,
         [0.005, 0.01, 0.02, 0.05],
         free=30,
-        repeats=12,
+        repeats=20,
         horizon=250,
         seed=one["seed"],
     )
