@@ -211,6 +211,7 @@ def _gains(records: Sequence[Record], key: str, name: str) -> Figure:
     gain = "gain of the best checkpoint, clean test accuracy"
     _label(left, "share of wrong labels" if by_noise else "", gain)
     _label(right, "effective Péclet number at the anchor when resets begin", gain)
+    right.tick_params(which="minor", labelsize=7)
     left.legend(frameon=False, fontsize=7)
     return figure
 
