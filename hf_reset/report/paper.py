@@ -15,6 +15,7 @@ from hf_reset.report.tables import Column, Record, arms_of, markdown_table, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#F0E442")
@@ -201,8 +202,7 @@ def _gains(records: Sequence[Record], key: str, name: str) -> Figure:
             right.plot(*zip(*seen, strict=True), alpha=0.7, **style) if seen else None
     both = [(record["peclet_at_arming"], gain) for record, gain in found if record["peclet_at_arming"]]
     right.set_xscale("log")
-    right.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_formatter("{x:g}")
+    _plain_ticks(right.xaxis)
     right.set_title(f"Spearman's rank correlation {rank_correlation(*zip(*both, strict=True)):+.2f}", fontsize=10)
     for axis in (left, right):
         axis.axhline(0, color="#999999", linewidth=0.8)
@@ -211,7 +211,6 @@ def _gains(records: Sequence[Record], key: str, name: str) -> Figure:
     gain = "gain of the best checkpoint, clean test accuracy"
     _label(left, "share of wrong labels" if by_noise else "", gain)
     _label(right, "effective Péclet number at the anchor when resets begin", gain)
-    right.tick_params(which="minor", labelsize=7)
     left.legend(frameon=False, fontsize=7)
     return figure
 
@@ -259,6 +258,11 @@ def _passages(records: Sequence[Record]) -> Figure:
                 axis.axvline(record["predicted_best"], color=colour, linestyle=":", linewidth=0.9)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
+        if shown is others:
+            probabilities = sorted({p["probability"] for record in shown for p in record["points"] if p["probability"]})
+            axis.set_xticks(probabilities, [f"{probability:g}" for probability in probabilities])
+            axis.set_xticks([], minor=True)
         axis.set_title(f"{title} (dotted: the best as predicted)", fontsize=10)
         _label(axis, "reset probability r a step", "mean steps to the target")
         axis.legend(frameon=False, fontsize=7)
@@ -280,6 +284,13 @@ def _curves(axis: Axes, records: Sequence[Record], series: str, skip: Sequence[s
 
 def _values(records: Sequence[Record], arm: str, key: str) -> list[float]:
     return [record[key] for record in records if record["arm"] == arm and record[key] is not None]
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers as they are on a logarithmic axis of one or two decades."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+    axis.set_tick_params(which="both", labelsize=7)
 
 
 def _label(axis: Axes, x: str, y: str) -> None:
