@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -117,12 +118,14 @@ class Reach:
         return Place(at.entry, token[1:]) if token[:1] in ("@", "$", "&") else at.into(token)
 
 
+@lru_cache(maxsize=4096)  # a reset asks for the same few names of every parameter
 def escaped(text: str) -> str:
     """A name as a step of a place: without separators, and without a mark at its beginning."""
     text = re.sub(r"[%:/]", lambda match: f"%{ord(match.group()):02X}", text)
     return re.sub(r"^[@$&#!]", lambda match: f"%{ord(match.group()):02X}", text)
 
 
+@lru_cache(maxsize=4096)
 def unescaped(text: str) -> str:
     """The name that `escaped` was given."""
     return re.sub(r"%([0-9A-F]{2})", lambda match: chr(int(match.group(1), 16)), text)
