@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -131,36 +132,27 @@ def passage_record(
         seed: of all draws.
     """
     anchor.restore()
-    target = noisy_loss(model, splits.validation)
+    target, numbers = noisy_loss(model, splits.validation), count(10_000 * seed)
 
-    def passage(probability: float, number: int) -> tuple[int, bool]:
-        draw, age = batches(len(splits.train.given), training.batch, 10_000 * seed + number), 0
-        anchor.restore()
-        for step in range(1, horizon + 1):
-            take_step(model, optimizer, splits.train, draw())
-            age += 1
-            if age % training.every == 0 and noisy_loss(model, splits.validation) < target:
-                return step, False
-            if uniform(10_000 * seed + number, step) < probability:
-                anchor.restore()
-                age = 0
-        return horizon, True
-
-    times, censored = (np.array(part) for part in zip(*(passage(0.0, n) for n in range(free)), strict=True))
-    predicted = first_passage.mean_time_from_samples(times, censored=censored)
-    points, number = [_point(0.0, times, censored, predicted)], free
-    for probability in probabilities:
-        predicted = first_passage.mean_time_from_samples(times, probability=probability, censored=censored)
-        found = [passage(probability, number + n) for n in range(repeats)]
-        number += repeats
+    def passages(probability: float, runs: int) -> tuple[np.ndarray, np.ndarray]:
+        live = (model, splits, training, anchor, optimizer)
+        found = [_passage(*live, target, horizon, probability, next(numbers)) for _ in range(runs)]
         taken, late = (np.array(part) for part in zip(*found, strict=True))
-        points.append(_point(probability, taken, late, predicted))
+        return taken, late
+
+    times, censored = passages(0.0, free)
+
+    def predicted(probability: float | None) -> float:
+        return first_passage.mean_time_from_samples(times, probability=probability, censored=censored)
+
+    points = [_point(0.0, times, censored, predicted(None))]
+    points += [_point(p, *passages(p, repeats), predicted(p)) for p in probabilities]
     excursions = [
         Excursion(0, tuple(range(training.every, time + 1, training.every)), not late)
         for time, late in zip(times.tolist(), censored.tolist(), strict=True)
     ]
     grid = np.geomspace(0.001, 1 / training.every, 60)
-    means = [first_passage.mean_time_from_samples(times, probability=p, censored=censored) for p in grid]
+    means = [predicted(p) for p in grid]
     return {
         "points": points,
         "predicted_best": float(grid[int(np.argmin(means))]) if np.isfinite(means).any() else None,
@@ -169,6 +161,31 @@ def passage_record(
         "free_times": times.tolist(),
         "free_censored": censored.tolist(),
     }
+
+
+def _passage(
+    model: nn.Module,
+    splits: Splits,
+    training: Training,
+    anchor: AnchorStore,
+    optimizer: torch.optim.Optimizer,
+    target: float,
+    horizon: int,
+    probability: float,
+    seed: int,
+) -> tuple[int, bool]:
+    """Steps from the anchor, resets included, until validation is below `target`; and whether that took too long."""
+    draw, age = batches(len(splits.train.given), training.batch, seed), 0
+    anchor.restore()
+    for step in range(1, horizon + 1):
+        take_step(model, optimizer, splits.train, draw())
+        age += 1
+        if age % training.every == 0 and noisy_loss(model, splits.validation) < target:
+            return step, False
+        if uniform(seed, step) < probability:
+            anchor.restore()
+            age = 0
+    return horizon, True
 
 
 def _point(probability: float, times: np.ndarray, censored: np.ndarray, predicted: float) -> dict[str, Any]:
