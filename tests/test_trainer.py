@@ -20,7 +20,7 @@ from hf_reset import (
     StochasticResetCallback,
 )
 from hf_reset.corpora import train_tokenizer
-from hf_reset.errors import ConfigError
+from hf_reset.errors import ConfigError, MetricError
 from hf_reset.training.trainer import PRIVATE_HOOKS
 
 RESET = {"reset_probability": 0.4, "reset_patience": 0}
@@ -175,6 +175,27 @@ def test_fields_that_are_set_after_construction_take_effect(tmp_path):
     assert steps_of(trainer.reset_callback.events, "reset") == list(range(3, 15))
     losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
     assert all(abs(loss - 2 / 3) < 0.1 for loss in losses)  # 1 − p of three classes, near chance
+
+
+def test_the_first_of_several_evaluation_sets_chooses_where_nobody_said_which(tmp_path, caplog):
+    def run(folder, sets, **more):
+        args = arguments(folder, ResetTrainingArguments, save_strategy="steps", save_steps=3, **{**RESET, **more})
+        return ResetTrainer(bert(), args, train_dataset=TRAIN, eval_dataset=sets)
+
+    sets = {"one": VALIDATION, "two": TRAIN}
+    trainer = run(tmp_path / "sets", sets)
+    trainer.train()
+    alone = run(tmp_path / "alone", sets, reset_metric="one_loss")
+    alone.train()
+    assert trainer.reset_callback.reset_state.best == alone.reset_callback.reset_state.best
+    assert equal(weights(trainer.model), weights(alone.model))
+    assert "first one's 'eval_one_loss' chooses" in caplog.text
+    again = run(tmp_path / "sets", sets)
+    again.train(resume_from_checkpoint=str(tmp_path / "sets" / "checkpoint-9"))
+    assert equal(weights(again.model), weights(trainer.model))
+    assert again.reset_callback.reset_state == trainer.reset_callback.reset_state
+    with pytest.raises(MetricError, match=r"'eval_loss' is not among .*eval_one_loss"):
+        run(tmp_path / "named", sets, reset_metric="loss").train()
 
 
 def test_a_configuration_that_is_set_on_the_callback_stands(tmp_path):

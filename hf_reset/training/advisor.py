@@ -55,7 +55,7 @@ def _signatures(
 ) -> dict[str, str | None]:
     """Each signature's message, None where it does not apply."""
     config, now, history = resets.config, resets.reset_state, with_events(state.log_history, resets.events)
-    watch = MetricWatch.of(config, args)
+    watch = MetricWatch.of(config, args, default=resets.default_metric)
     key, greater = watch.key, watch.greater_is_better
     memory = _latest(history, "memory/wrong")
     sign = 1 if greater else -1

@@ -96,6 +96,7 @@ class StochasticResetCallback(TrainerCallback):
         self.rows = rows
         self.listener: Callable[[dict[str, float]], None] | None = None  # ResetTrainer's, for its reporters
         self.resume_from_checkpoint = resume_from_checkpoint
+        self.default_metric = "loss"  # ResetTrainer knows of several evaluation sets, see `default_metric`
         self.events: list[Event] = []
         self.store: AnchorStore | None = None
         self.average: Average | None = None  # in training, under `ema_decay`
@@ -110,15 +111,15 @@ class StochasticResetCallback(TrainerCallback):
     ) -> None:
         """Check the set-up, make room for the anchor, and take up where a checkpoint left off."""
         self._refuse_second_callback(state)
-        run = Run(self.config, args)
+        run = Run(self.config, args, self.default_metric)
+        if (opening := narration.opening(self.config, run.watch, run.chooses)) is not None:
+            self._say(state, opening)
         self.events, self.reset_state, self.store, self.average = [], ResetState(), None, None
         with together():
             if run.chooses:
                 run.watch.refuse_no_evaluation(args)
                 self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
                 run.trained = TrainedParameters(kwargs["model"])
-            elif self.config.needs_anchor and self.config.ema_decay is None:
-                self._say(state, narration.NOTHING_TO_CHOOSE)
             if self.config.ema_decay is not None:
                 self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
             if state.global_step > 0:

@@ -27,14 +27,18 @@ class MetricWatch:
         key: its name among the evaluation's results, with the "eval_" prefix.
         greater_is_better: its direction.
         min_delta: how much better than the best counts as a new best, in its units.
+        is_of_first_set: whether it is the first evaluation set's, because nobody has named one of several.
     """
 
     key: str
     greater_is_better: bool
     min_delta: float = 0.0
+    is_of_first_set: bool = False
 
     @classmethod
-    def of(cls, config: ResetConfig, args: TrainingArguments, *, strict: bool = True) -> MetricWatch:
+    def of(
+        cls, config: ResetConfig, args: TrainingArguments, *, strict: bool = True, default: str = "loss"
+    ) -> MetricWatch:
         """The metric of a configuration: as configured, else the Trainer's own, else the evaluation loss.
 
         The direction likewise: as configured, else the Trainer's where it is its metric, else by its name.
@@ -43,11 +47,12 @@ class MetricWatch:
             config: the configuration.
             args: the Trainer's arguments.
             strict: whether a direction that is not known is an error; else it is "greater", as Trainer has it.
+            default: the evaluation loss, where it has another name, see `default_metric`.
 
         Raises:
             MetricError: neither says the direction and the name does not tell it, or they contradict each other.
         """
-        own = _prefixed(args.metric_for_best_model or "loss")
+        own = _prefixed(args.metric_for_best_model or default)
         key = _prefixed(config.metric) if config.metric else own
         greater = config.greater_is_better
         if greater is None:
@@ -56,7 +61,8 @@ class MetricWatch:
             if strict:
                 _refuse_unclear(key, greater, by_name, is_set=greater != (not key.endswith("loss")))
             greater = by_name if greater is None else greater
-        return cls(key, True if greater is None else greater, config.min_delta)
+        is_of_first_set = default != "loss" and not (config.metric or args.metric_for_best_model)
+        return cls(key, True if greater is None else greater, config.min_delta, is_of_first_set)
 
     def value_in(self, metrics: Mapping[str, Any]) -> float | None:
         """The metric among an evaluation's results, None where they lack it.
@@ -120,6 +126,13 @@ class MetricWatch:
             metrics.pop(self.key, None)
         else:
             metrics[self.key] = agreed
+
+
+def default_metric(eval_dataset: object) -> str:
+    """What chooses where nobody has named a metric: the loss, of the first evaluation set where there are several."""
+    if isinstance(eval_dataset, dict) and eval_dataset:
+        return f"{next(iter(eval_dataset))}_loss"
+    return "loss"
 
 
 def _refuse_unclear(key: str, said: bool | None, by_name: bool | None, *, is_set: bool) -> None:

@@ -20,10 +20,26 @@ WITH_UNTOLD = (
     "The model ends with the weights of the last step: validation cannot tell the anchor from them. More validation "
     "rows would tell; a number for `patience` ends with the anchor all the same."
 )
-NOTHING_TO_CHOOSE = (
-    'Nothing is to be reset and `eval_strategy` is "no", so no weights can be told to be the best: the model ends with '
-    'the last ones. For the best evaluated ones (`finish="anchor"`) set `eval_strategy` and `eval_steps`.'
-)
+
+
+def opening(config: ResetConfig, watch: MetricWatch, chooses: bool) -> str | None:
+    """What was not asked for in so many words, before the first step; None where all was.
+
+    Args:
+        config: the configuration.
+        watch: the metric that chooses.
+        chooses: whether weights are chosen at all.
+    """
+    if chooses and watch.is_of_first_set:
+        return (
+            f"There are several evaluation sets, and the first one's {watch.key!r} chooses. Name another as `metric`."
+        )
+    if chooses or not config.needs_anchor or config.ema_decay is not None:
+        return None
+    return (
+        'Nothing is to be reset and `eval_strategy` is "no", so no weights can be told to be the best: the model ends '
+        'with the last ones. For the best evaluated ones (`finish="anchor"`) set `eval_strategy` and `eval_steps`.'
+    )
 
 
 def beginning(config: ResetConfig, state: ResetState, watch: MetricWatch) -> str:

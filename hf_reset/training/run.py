@@ -23,6 +23,7 @@ class Run:
     Args:
         config: the configuration.
         args: the Trainer's arguments.
+        default: the metric where neither names one, see `default_metric`.
 
     Attributes:
         watch: the metric that chooses anchors.
@@ -41,10 +42,10 @@ class Run:
         MetricError: the direction of the metric cannot be told.
     """
 
-    def __init__(self, config: ResetConfig, args: TrainingArguments) -> None:
+    def __init__(self, config: ResetConfig, args: TrainingArguments, default: str = "loss") -> None:
         # Without resets and without evaluations there is nothing to choose, and nothing to choose by.
         self.chooses = config.can_reset or (config.needs_anchor and args.eval_strategy != "no")
-        self.watch = MetricWatch.of(config, args, strict=self.chooses)
+        self.watch = MetricWatch.of(config, args, strict=self.chooses, default=default)
         self.seed = args.seed if config.seed is None else config.seed
         # Trainer looks for its own metric itself, and says it in its own words if that is missing.
         self._is_trainers = self.watch.is_trainers(args)

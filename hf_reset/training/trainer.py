@@ -19,6 +19,7 @@ from hf_reset.training.advisor import ResetAdvisorCallback
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_world_size
+from hf_reset.training.metric import default_metric
 from hf_reset.training.refining import RefiningMixin
 from hf_reset.training.validation import judged_by, row_source
 
@@ -50,6 +51,7 @@ class ResetTrainerMixin(RefiningMixin):
         - `reset/count`, `reset/anchor_step`, `reset/anchor_metric`, `reset/distance` (that the last reset
           moved), `reset/steps_since` and `reset/margin` (of validation above the anchor, in standard errors) in
           the logs, and so in TensorBoard, W&B and the rest.
+        - With a dict of evaluation sets and no metric named, the first one's loss chooses, and a line says so.
         - `reset_metric="eval_calibrated_loss"` needs no `compute_metrics`, and resets of single-label
           classifiers begin on the evidence of validation rows.
         - `ema_decay`: the average is swapped in where the Trainer evaluates, predicts and saves. A checkpoint's model
@@ -210,6 +212,7 @@ class ResetTrainerMixin(RefiningMixin):
             callback.config = judged_by(self, callback.config)
         if callback.rows is None:
             callback.rows = row_source(self, callback.config, judges_rows=self.refinement_config.mode != "off")
+        callback.default_metric = default_metric(self.eval_dataset)
         callback.can_average = True
         callback.listener = self._report
 
