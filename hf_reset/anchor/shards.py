@@ -331,7 +331,7 @@ def _is_gathered(parameter: Any) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
-def whole_state(accelerator: Accelerator, wrapped: nn.Module) -> dict[str, Tensor]:
+def whole_state(accelerator: Accelerator, wrapped: nn.Module | None) -> dict[str, Tensor]:
     """A model's whole state dict, on rank 0 at least; a collective, to be called on every rank.
 
     Args:

@@ -11,11 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -23,6 +23,11 @@ from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.diagnostics.modes import refuse_sharded
 from hf_reset.errors import ConfigError, DataError, refuse_below_one
 from hf_reset.planner.excursions import Entry
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_reset.training.hooks import HookKeywords
 
 LEVEL = 0.9  # of the intervals
 FEWEST = 8  # increments, before anything is said
@@ -44,7 +49,7 @@ class DriftDiffusion:
     increments: int
     lag: int = 1
 
-    def draws(self, count: int = 20_000, seed: int = 0) -> tuple[Any, Any]:
+    def draws(self, count: int = 20_000, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Drifts and diffusions, (count,) each, from their joint posterior with a flat prior on v and log D.
 
         Its intervals are those of Student's t for v and of χ² for D, increments being independent and normal.
@@ -191,13 +196,15 @@ class ExcursionDiffusionCallback(TrainerCallback):
         self._anchor_step: int | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Begin with nothing known."""
         refuse_sharded(kwargs["model"], "ExcursionDiffusionCallback")
         self.walks, self.distances, self._anchor, self._direction, self._anchor_step = [], [], {}, {}, None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """Note the position; a reset begins a walk."""
         if not self._direction:
             return
@@ -207,7 +214,9 @@ class ExcursionDiffusionCallback(TrainerCallback):
         else:
             self.walks[-1].append(self._position(kwargs["model"]))
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """Follow the anchor, and say what the walks so far show."""
         resets = getattr(state, "_stochastic_reset_callback", None)
         if resets is None:
@@ -219,7 +228,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
         if increments >= FEWEST and self.distances:
             state.log_history.append({**self.record(), "epoch": state.epoch, "step": state.global_step})
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, float]:
         """The figures so far.
 
         Raises:
@@ -231,7 +240,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
         peclet, bounds = found.peclet(distance, error)
         drift, diffusion = found.intervals()
         named = {"drift": (found.drift, drift), "diffusion": (found.diffusion, diffusion), "peclet": (peclet, bounds)}
-        record: dict[str, Any] = {"diffusion/distance": distance, "diffusion/increments": found.increments}
+        record: dict[str, float] = {"diffusion/distance": distance, "diffusion/increments": found.increments}
         for name, (value, (low, high)) in named.items():
             record |= {f"diffusion/{name}": value, f"diffusion/{name}_low": low, f"diffusion/{name}_high": high}
         return record
@@ -284,6 +293,6 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().float().clone() for name, p in named.items() if p.requires_grad}
 
 
-def _interval(values: Any) -> tuple[float, float]:
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

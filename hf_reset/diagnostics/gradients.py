@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from hf_reset.planner.excursions import Entry
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Unpack
+
+    from hf_reset.rows.identity import Collator
+    from hf_reset.training.hooks import HookKeywords
 
 Gradient: TypeAlias = dict[str, Tensor]
 
@@ -160,7 +164,7 @@ class GradientPartsCallback(TrainerCallback):
         every: int = 50,
         sample: int = 256,
         seed: int = 0,
-        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        data_collator: Collator | None = None,
         batch_size: int = 32,
     ) -> None:
         refuse_below_one(every=every, sample=sample, batch_size=batch_size)
@@ -170,7 +174,7 @@ class GradientPartsCallback(TrainerCallback):
         self._start: Gradient = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Make the batches once, and remember where the path begins."""
         model = kwargs["model"]
@@ -182,12 +186,14 @@ class GradientPartsCallback(TrainerCallback):
         named = named_parameters(unwrapped(model))
         self._start = {name: p.detach().float().clone() for name, p in named.items() if p.requires_grad}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """Measure and record, where the step is one of every k."""
         if state.global_step % self.every == 0:
             state.log_history.append({**self.measure(kwargs["model"]), "epoch": state.epoch, "step": state.global_step})
 
-    def measure(self, model: nn.Module) -> dict[str, Any]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """The record's figures for the model as it is."""
         began = time.perf_counter()
         shift = shifts_labels(unwrapped(model))
@@ -196,7 +202,7 @@ class GradientPartsCallback(TrainerCallback):
         (correct, correct_squares), (wrong, wrong_squares) = found
         named = named_parameters(unwrapped(model))
         path = {name: named[name].detach().float() - start for name, start in self._start.items()}
-        record: dict[str, Any] = {}
+        record: dict[str, float] = {}
         for group, parts in gradient_parts(correct, wrong, path, self._groups).items():
             prefix = "gradient/" if group == "all" else f"gradient/{group}/"
             record |= {prefix + name: value for name, value in asdict(parts).items() if math.isfinite(value)}
@@ -269,9 +275,7 @@ def _stratified(dataset: Dataset, sample: int, seed: int) -> tuple[Dataset, Data
     return dataset.select(correct), dataset.select(false)
 
 
-def _batched(
-    rows: Dataset, model: nn.Module, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], size: int
-) -> list[tuple[dict[str, Tensor], Tensor]]:
+def _batched(rows: Dataset, model: nn.Module, collate: Collator, size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
     """Inputs and labels of each batch."""
     label = next(name for name in _LABELS if name in rows.column_names)
     accepted = accepted_columns(model, rows.column_names)

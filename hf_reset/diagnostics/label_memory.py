@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,10 @@ from hf_reset.metrics.functions import label_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Unpack
+
+    from hf_reset.rows.identity import Collator
+    from hf_reset.training.hooks import HookKeywords
 
 _LABEL_COLUMNS = ("labels", "label")
 _NEEDED = ("clean_label", "is_mislabelled")
@@ -64,7 +68,7 @@ class LabelMemoryCallback(TrainerCallback):
         every: int = 50,
         sample: int = 256,
         seed: int = 0,
-        data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        data_collator: Collator | None = None,
         batch_size: int = 64,
     ) -> None:
         refuse_below_one(every=every, sample=sample, batch_size=batch_size)
@@ -75,10 +79,10 @@ class LabelMemoryCallback(TrainerCallback):
         label = next(name for name in _LABEL_COLUMNS if name in self.rows.column_names)
         plain = self.rows.select_columns([label, "clean_label"]).with_format(None)[:]
         self._given, self._clean = plain[label], plain["clean_label"]
-        self._batches: list[dict[str, Any]] = []
+        self._batches: list[dict[str, Tensor]] = []
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Make the batches once."""
         collate = self.data_collator or default_collator_of(kwargs.get("processing_class"))
@@ -89,7 +93,9 @@ class LabelMemoryCallback(TrainerCallback):
             batches = [collate(whole[start : start + self.batch_size]) for start in starts]
         self._batches = [{k: v for k, v in batch.items() if isinstance(v, Tensor)} for batch in batches]
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """Predict and record, where the step is one of every k."""
         if state.global_step % self.every == 0:
             predictions = self._predict(kwargs["model"], args.device)
@@ -127,7 +133,7 @@ def _sample_mislabelled(dataset: Dataset, sample: int, seed: int) -> Dataset:
     return dataset.select(np.sort(chosen))
 
 
-def default_collator_of(processing_class: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+def default_collator_of(processing_class: Any) -> Collator:
     """Pads with the Trainer's tokenizer, or stacks where it has none."""
     has_padding = hasattr(processing_class, "pad")
     return DataCollatorWithPadding(processing_class) if has_padding else default_data_collator

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -13,6 +13,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from hf_reset.diagnostics.modes import evaluation_mode
 from hf_reset.losses.robust import label_log_probability
 from hf_reset.noise.instructions import final_answer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_reset.training.hooks import HookKeywords
 
 IGNORED = -100  # the label of a token that is no part of the response
 
@@ -150,14 +155,16 @@ class ResponseCurvesCallback(TrainerCallback):
         self._is_training = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """The first point of each curve, before anything is learnt."""
         self._is_training = True
         if state.global_step == 0:
             self._measure(kwargs["model"], args, state)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """One point of each curve, once a step."""
         measured = any("clean_loss" in entry for entry in state.log_history if entry.get("step") == state.global_step)
         if self._is_training and not measured:

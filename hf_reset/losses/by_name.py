@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ symmetric_cross_entropy = Loss(symmetric_cross_entropy_rows)
 active_passive = Loss(active_passive_rows)
 soft_bootstrapping = Loss(soft_bootstrapping_rows)
 hard_bootstrapping = Loss(hard_bootstrapping_rows)
+
+Outputs: TypeAlias = dict[str, Tensor] | Sequence[Tensor]
+"""What a model returns: a mapping, or a tuple that begins with the logits."""
 
 LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
@@ -59,7 +62,7 @@ def compute_loss_func(name: str, *, shift: bool | None = None, **options: Any) -
     """
     loss = named_loss(name, **options)
 
-    def compute(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+    def compute(outputs: Outputs, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         if labels is None:
             raise ConfigError(f"loss {name!r} needs `labels` in every batch, and this one has none.")
         return loss(logits_of(outputs), labels, num_items_in_batch=num_items_in_batch, shift=shift, **options)
@@ -84,7 +87,7 @@ def named_loss(name: str, **options: Any) -> Loss:
     return loss
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Outputs) -> Tensor:
     """The logits among a model's outputs, a mapping or a tuple."""
     return outputs["logits"] if isinstance(outputs, dict) else outputs[0]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,13 @@ from hf_reset.errors import ConfigError, DataError
 MAX_BYTES = 1 << 30
 """What a loss may keep for its rows without being told otherwise: 1 GiB."""
 
-Gather = Callable[[Any], list[Any]]
-"""Every process's value of the argument, in rank order: `hf_reset.anchor.ranks.gathered`."""
+_T = TypeVar("_T")
+
+
+class Gather(Protocol):
+    """Every process's value of the argument, in rank order: `hf_reset.anchor.ranks.gathered`."""
+
+    def __call__(self, value: _T, /) -> list[_T]: ...
 
 
 class RememberingLoss(Protocol):

@@ -38,7 +38,7 @@ class _LabelLogProbability(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, labels, top, rest = ctx.saved_tensors
         outer = gradients[0][:, None]
         result = torch.empty_like(logits)
@@ -75,7 +75,7 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, labels = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows in _row_chunks(logits):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,10 +11,11 @@ IGNORE_INDEX = -100
 """The label of a row (or token) that takes no part, as in PyTorch's cross-entropy."""
 
 
-def to_numpy(values: Any) -> NDArray[Any]:
+def to_numpy(values: object) -> np.ndarray:
     """Return `values` as a numpy array; a tensor leaves its device, bfloat16 becomes float32."""
-    if hasattr(values, "detach"):  # a tensor, told without importing torch
-        tensor = values.detach().cpu()
+    detach = getattr(values, "detach", None)
+    if detach is not None:  # a tensor, told without importing torch
+        tensor = detach().cpu()
         return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).numpy()
     try:
         return np.asarray(values)
@@ -24,7 +23,7 @@ def to_numpy(values: Any) -> NDArray[Any]:
         raise DataError(f"Rows of one length are needed to make an array, got a {type(values).__name__}.") from error
 
 
-def class_numbers(labels: Any, num_rows: int, num_classes: int) -> NDArray[np.int64]:
+def class_numbers(labels: object, num_rows: int, num_classes: int) -> NDArray[np.int64]:
     """Check labels against the rows and classes that they belong to.
 
     Args:

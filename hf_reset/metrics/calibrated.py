@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hf_reset.errors import DataError
 from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
@@ -68,7 +67,7 @@ class CalibratedLoss:
         return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def calibrated_loss(logits: Any, labels: Any) -> CalibratedLoss:
+def calibrated_loss(logits: ArrayLike, labels: ArrayLike) -> CalibratedLoss:
     """Cross-entropy after the best temperature and noise level: min over T, ε of −log[(1 − ε) softmax(z/T)_y + ε/K].
 
     Unchanged when all logits are multiplied by one positive number, never above plain cross-entropy
@@ -109,7 +108,7 @@ def calibrated_loss(logits: Any, labels: Any) -> CalibratedLoss:
     return CalibratedLoss(float(values.mean()), temperature, noise, fit.num_classes, accuracy, fit.spread(values))
 
 
-def calibrated_rows(logits: Any, labels: Any, temperature: float, noise: float) -> NDArray[np.float64]:
+def calibrated_rows(logits: ArrayLike, labels: ArrayLike, temperature: float, noise: float) -> NDArray[np.float64]:
     """Each row's −log[(1 − ε) softmax(z / T)_y + ε / K], for a temperature and a noise level known already.
 
     Args:
@@ -142,7 +141,7 @@ class _Rows:
     is_labelled: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, logits: Any, labels: Any) -> _Rows:
+    def of(cls, logits: ArrayLike, labels: ArrayLike) -> _Rows:
         values = check_logits(to_numpy(logits))
         wanted = class_numbers(labels, *values.shape)
         is_labelled = wanted != IGNORE_INDEX
@@ -202,7 +201,7 @@ class _Rows:
         return [slice(start, start + size) for start in range(0, len(self.below), size)]
 
 
-def check_logits(values: NDArray[Any]) -> NDArray[Any]:
+def check_logits(values: np.ndarray) -> np.ndarray:
     """Return class logits (N, K) as they are.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +14,14 @@ from hf_reset.errors import DataError, MetricError, WeakEvidenceWarning
 from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
 from hf_reset.metrics.calibrated import METRIC_NAMES, CalibratedLoss, calibrated_loss, check_logits
 
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
 MINIMUM_ROWS = 100
 """Fewer labelled validation rows than this, and `with_calibrated_loss` warns."""
 
 
-def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, Any]] | None = None) -> CalibratedMetrics:
+def with_calibrated_loss(compute_metrics: Callable[..., Mapping[str, float]] | None = None) -> CalibratedMetrics:
     """A `compute_metrics` for any `Trainer` that adds the calibrated loss of the validation labels.
 
     `Trainer(..., compute_metrics=with_calibrated_loss(mine))` gives what `mine` gives, and beside it
@@ -54,16 +57,16 @@ class CalibratedMetrics:
     """The function that `with_calibrated_loss` returns; between two batches of an evaluation it keeps the rows."""
 
     def __init__(
-        self, compute_metrics: Callable[..., Mapping[str, Any]] | None = None, *, adds_metrics: bool = True
+        self, compute_metrics: Callable[..., Mapping[str, float]] | None = None, *, adds_metrics: bool = True
     ) -> None:
         self.compute_metrics = compute_metrics
         self.latest: CalibratedLoss | None = None  # of the last evaluation
         self.adds_metrics = adds_metrics  # False: the rows alone are wanted, and the metrics stay those of the user
-        self._kept: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._rows: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._has_warned = False
 
-    def __call__(self, prediction: Any, compute_result: bool | None = None) -> dict[str, Any]:
+    def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Return the metrics; `compute_result`: None for a whole evaluation, else whether this batch is the last."""
         metrics = self._own(prediction, compute_result)
         self._kept.append(_logits_and_labels(prediction.predictions, prediction.label_ids))
@@ -87,7 +90,7 @@ class CalibratedMetrics:
         rows, self._rows = self._rows, None
         return rows
 
-    def _own(self, prediction: Any, compute_result: bool | None) -> dict[str, Any]:
+    def _own(self, prediction: EvalPrediction, compute_result: bool | None) -> dict[str, float]:
         if self.compute_metrics is None:
             return {}
         options = {} if compute_result is None else {"compute_result": compute_result}
@@ -106,7 +109,7 @@ class CalibratedMetrics:
             )
         return metrics
 
-    def _warn(self, found: CalibratedLoss, labels: NDArray[Any]) -> None:
+    def _warn(self, found: CalibratedLoss, labels: np.ndarray) -> None:
         given = labels[labels != IGNORE_INDEX]
         reasons = []
         if len(given) < MINIMUM_ROWS:
@@ -126,7 +129,7 @@ class CalibratedMetrics:
             warnings.warn(message, WeakEvidenceWarning, stacklevel=3)
 
 
-def _frequency_rows(labels: NDArray[Any]) -> NDArray[np.float64]:
+def _frequency_rows(labels: np.ndarray) -> NDArray[np.float64]:
     """−log of each row's label's own frequency, shape (N,); NaN where a row has no label."""
     given = labels != IGNORE_INDEX
     _, codes, counts = np.unique(labels[given], return_inverse=True, return_counts=True)
@@ -135,12 +138,12 @@ def _frequency_rows(labels: NDArray[Any]) -> NDArray[np.float64]:
     return rows
 
 
-def _takes_compute_result(function: Callable[..., Any]) -> bool:
+def _takes_compute_result(function: Callable[..., object]) -> bool:
     parameters = inspect.signature(function).parameters
     return "compute_result" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _logits_and_labels(predictions: Any, labels: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+def _logits_and_labels(predictions: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """One (n, K) and one (n,) from what `Trainer` hands over: arrays, tuples of them, or lists of batches."""
     if isinstance(predictions, list):  # eval_do_concat_batches=False
         parts = [_logits_and_labels(*batch) for batch in zip(predictions, labels, strict=True)]

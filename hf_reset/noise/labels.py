@@ -118,7 +118,7 @@ def _wrong_count(rate: float | None, rows: int) -> int:
 
 class _Labels(NamedTuple):
     codes: NDArray[np.int64]  # (N,) class numbers
-    values: list[Any]  # (C,) what stands in the column for each class number
+    values: Sequence[object]  # (C,) what stands in the column for each class number
 
 
 class _Rows(NamedTuple):
@@ -126,7 +126,7 @@ class _Rows(NamedTuple):
     order: NDArray[np.int64]  # (N,) an order of the rows that does not depend on their positions
 
 
-def _check_arguments(kind: str, rate: Any, matrix: Any, features: Any, text_column: Any) -> None:
+def _check_arguments(kind: str, rate: float | None, matrix: object, features: object, text_column: object) -> None:
     kinds = get_args(NoiseKind)
     if kind not in kinds:
         raise ConfigError(f"`kind` must be one of {', '.join(kinds)}, got {kind!r}.")
@@ -141,7 +141,7 @@ def _check_arguments(kind: str, rate: Any, matrix: Any, features: Any, text_colu
         raise ConfigError(f'`features` and `text_column` go with kind="instance", got kind="{kind}".')
 
 
-def _check_dataset(dataset: Any, column: str) -> None:
+def _check_dataset(dataset: object, column: str) -> None:
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):

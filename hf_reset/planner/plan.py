@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from hf_reset.errors import ConfigError
 from hf_reset.planner.excursions import Excursion
 
-Array: TypeAlias = NDArray[np.floating[Any]]
+Array: TypeAlias = NDArray[np.floating]
 
 # Resets an evaluation interval, x: no choice is outside the bounds. Above 1 most excursions would never be evaluated.
 PRIOR, LOWER, UPPER = 1 / 2, 1 / 32, 1.0
@@ -255,7 +255,7 @@ class Recommendation:
     hazard: str
     reason: str
 
-    def as_plain(self) -> dict[str, Any]:
+    def as_plain(self) -> dict[str, object]:
         """JSON-plain."""
         return asdict(self)
 
@@ -313,7 +313,7 @@ def _wait(excursion: Excursion, interval: int) -> int | None:
 
 
 def _choice(
-    tables: tuple[Array, Array], waits: Sequence[int | None], rows: NDArray[np.integer[Any]]
+    tables: tuple[Array, Array], waits: Sequence[int | None], rows: NDArray[np.integer]
 ) -> tuple[float, int, bool]:
     """x and patience from some of the excursions, and whether these are too few."""
     hits, trials = (table[rows].sum(axis=0) for table in tables)

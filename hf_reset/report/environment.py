@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = (
     "torch",
@@ -20,7 +23,7 @@ _PACKAGES = (
 )
 
 
-def environment_record(device: Any = None, *, processes: int = 1) -> dict[str, Any]:
+def environment_record(device: torch.device | None = None, *, processes: int = 1) -> dict[str, Any]:
     """Where a run took place: versions, platform, cores, device.
 
     Args:
@@ -48,7 +51,7 @@ def environment_record(device: Any = None, *, processes: int = 1) -> dict[str, A
     return record
 
 
-def reset_peak_memory(device: Any) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Begin to count peak memory afresh, as far as the platform lets us (see `peak_memory_bytes`)."""
     if _is_cuda(device):
         import torch
@@ -62,7 +65,7 @@ def reset_peak_memory(device: Any) -> None:
         pass
 
 
-def peak_memory_bytes(device: Any) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Most memory used since `reset_peak_memory`, in bytes.
 
     On CUDA what torch allocated on the device; elsewhere the resident set of this process (on Linux since the
@@ -80,11 +83,11 @@ def peak_memory_bytes(device: Any) -> int:
         return _lifetime_peak_bytes()
 
 
-def _is_cuda(device: Any) -> bool:
+def _is_cuda(device: torch.device) -> bool:
     return getattr(device, "type", None) == "cuda"
 
 
-def _device_name(device: Any) -> str:
+def _device_name(device: torch.device) -> str:
     if _is_cuda(device):
         import torch
 
@@ -92,7 +95,7 @@ def _device_name(device: Any) -> str:
     return str(getattr(device, "type", device))
 
 
-def _peak_memory_meaning(device: Any) -> str:
+def _peak_memory_meaning(device: torch.device) -> str:
     if _is_cuda(device):
         return "allocated by torch on the device, of the main process"
     if os.access("/proc/self/clear_refs", os.W_OK):

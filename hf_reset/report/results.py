@@ -101,7 +101,7 @@ class Results:
         if self._write:
             write_atomic(self.path, _readable(self.as_dict()) + "\n")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """What the file holds."""
         return {
             "recipe": self.recipe,
@@ -130,7 +130,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _of_today(record: Record) -> dict[str, Any]:
+def _of_today(record: Record) -> dict[str, object]:
     """A record of 0.1 did not say whether it could reset (two arms said so by name), and had another memory key."""
     renamed = {_RENAMED.get(key, key): value for key, value in record.items()}
     if "can_reset" not in renamed:
@@ -174,7 +174,7 @@ def series(log_history: Sequence[Record], key: str) -> list[list[float]]:
     return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
 
 
-def _readable(content: Any) -> str:
+def _readable(content: object) -> str:
     """Indented JSON in which a list of numbers, or of pairs of them, takes one line."""
     text = json.dumps(content, indent=1, allow_nan=False)
     for inner in (r"[^\[\]{}\n]+", r"\[[^\[\]{}\n]*\]"):  # JSON strings hold no raw line breaks

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hf_reset.errors import DataError
 from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
@@ -30,7 +29,7 @@ class NoiseEstimate:
     """Rows judged of each given class, shape (K,)."""
 
 
-def estimate_noise(probabilities: Any, labels: Any) -> NoiseEstimate:
+def estimate_noise(probabilities: ArrayLike, labels: ArrayLike) -> NoiseEstimate:
     """Estimate noise rates and the confusion of labels by confident learning.
 
     A row counts for class j where its probability of j is at least what rows given j have on average, and it is
@@ -103,7 +102,7 @@ def _rows_to_one(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(sums > 0, matrix / np.where(sums > 0, sums, 1), np.eye(len(matrix)))
 
 
-def check_predictions(probabilities: Any, labels: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def check_predictions(probabilities: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Check class probabilities (N, K) and the labels (N,) that they are held against.
 
     Returns:

@@ -9,7 +9,7 @@ batches are those of a run without numbers, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,12 +22,26 @@ from hf_reset.errors import DataError, UnsupportedError
 ROW_KEY = "reset_row"
 """Where a batch holds the numbers of its rows, (B,) of int64."""
 
+Batch: TypeAlias = dict[str, Any]
+"""What a collator makes and a model takes: tensors by name, and whatever else the data brings along."""
+
+Collator: TypeAlias = Callable[[list[Any]], Batch]
+"""Makes a batch of examples, whatever these are."""
+
 
 class NumberedExample(NamedTuple):
     """An example on its way to the collator. No mapping, so that whatever drops columns passes it by."""
 
     number: int
-    example: Any
+    example: object
+
+
+class MapStyle(Protocol):
+    """A data set with a length and integer indices: `datasets.Dataset`, a torch `Dataset`, a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
 
 
 class NumberedRows(Dataset[NumberedExample]):
@@ -42,7 +56,7 @@ class NumberedRows(Dataset[NumberedExample]):
         DataError: `numbers` of another length than the data set.
     """
 
-    def __init__(self, dataset: Any, numbers: Sequence[int] | NDArray[np.int64] | None = None) -> None:
+    def __init__(self, dataset: MapStyle, numbers: Sequence[int] | NDArray[np.int64] | None = None) -> None:
         if numbers is not None and len(numbers) != len(dataset):
             raise DataError(f"`numbers` must number each of {len(dataset)} rows, got {len(numbers)}.")
         self.dataset = dataset
@@ -78,10 +92,10 @@ class NumberingCollator:
         collator: makes a mapping of a list of examples.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collator: Collator) -> None:
         self.collator = collator
 
-    def __call__(self, items: list[NumberedExample]) -> MutableMapping[str, Any]:
+    def __call__(self, items: list[NumberedExample]) -> Batch:
         """A batch with `ROW_KEY`.
 
         Raises:
@@ -102,12 +116,12 @@ class NumberingCollator:
         return batch
 
 
-def pop_rows(inputs: MutableMapping[str, Any]) -> Tensor | None:
+def pop_rows(inputs: Batch) -> Tensor | None:
     """Take the row numbers (B,) out of a batch, in place; None where it has none."""
     return inputs.pop(ROW_KEY, None)
 
 
-def why_unnumbered(dataset: Any, collator: Any, args: Any) -> str | None:
+def why_unnumbered(dataset: object, collator: object, args: object) -> str | None:
     """Why the rows of a data set cannot be numbered, in words; None where they can.
 
     Args:

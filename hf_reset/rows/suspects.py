@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hf_reset.errors import DataError
 from hf_reset.metrics.arrays import IGNORE_INDEX, to_numpy
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def find_suspects(
-    probabilities: Any,
-    labels: Any,
+    probabilities: ArrayLike,
+    labels: ArrayLike,
     *,
     noise_rate: float | None = None,
     budget: int | None = None,
-    margins: Any = None,
-    **columns: Any,
+    margins: ArrayLike | None = None,
+    **columns: ArrayLike | None,
 ) -> pd.DataFrame:
     """Rank rows by how wrong their label looks.
 
@@ -77,14 +77,14 @@ def find_suspects(
 
 
 def rank_by_margin(
-    margins: Any,
-    labels: Any,
-    predicted_labels: Any,
+    margins: ArrayLike,
+    labels: ArrayLike,
+    predicted_labels: ArrayLike,
     *,
     noise_rate: float | None = None,
-    allowed: Any = None,
+    allowed: ArrayLike | None = None,
     budget: int | None = None,
-    **columns: Any,
+    **columns: ArrayLike | None,
 ) -> pd.DataFrame:
     """The table of `find_suspects` from margins alone, for row memories that keep no class probabilities.
 
@@ -131,10 +131,10 @@ def rank_by_margin(
 def suspects_of(
     memory: RowMemory,
     *,
-    labels: Any = None,
+    labels: ArrayLike | None = None,
     noise_rate: float | None = None,
     budget: int | None = None,
-    in_training: Any = None,
+    in_training: ArrayLike | None = None,
 ) -> pd.DataFrame:
     """The table of `find_suspects` from what a run keeps of its rows.
 
@@ -153,17 +153,18 @@ def suspects_of(
         DataError: As `find_suspects`; nothing has been visited, too.
     """
     given = memory.labels.long() if labels is None else labels
-    options: dict[str, Any] = {
-        "noise_rate": noise_rate,
-        "budget": budget,
+    columns: dict[str, ArrayLike | None] = {
         "visits": memory.visits,
         "wrong_events": memory.wrong_events,
         "mean_loss": memory.total.mean("loss"),
         "in_training": in_training,
     }
     if memory.keeps_probabilities:
-        return find_suspects(memory.probabilities, given, margins=memory.margins, **options)
-    return rank_by_margin(memory.margins, given, memory.last_predicted.long(), **options)
+        return find_suspects(
+            memory.probabilities, given, noise_rate=noise_rate, budget=budget, margins=memory.margins, **columns
+        )
+    predicted = memory.last_predicted.long()
+    return rank_by_margin(memory.margins, given, predicted, noise_rate=noise_rate, budget=budget, **columns)
 
 
 def suspect_responses(
@@ -171,7 +172,7 @@ def suspect_responses(
     *,
     noise_rate: float | None = None,
     budget: int | None = None,
-    in_training: Any = None,
+    in_training: ArrayLike | None = None,
 ) -> pd.DataFrame:
     """The responses that look as if they belonged to other prompts, from what a run keeps of them.
 
@@ -219,7 +220,7 @@ def lowest(values: NDArray[np.float64], among: NDArray[np.bool_], limit: int) ->
 
 
 def lowest_of_each_class(
-    values: NDArray[np.float64], given: NDArray[Any], among: NDArray[np.bool_], allowed: NDArray[Any]
+    values: NDArray[np.float64], given: np.ndarray, among: NDArray[np.bool_], allowed: np.ndarray
 ) -> NDArray[np.bool_]:
     """Which rows have the lowest values of their class, of each at most `allowed` (K,), rounded. Shape (N,)."""
     order = np.lexsort((values, given))
@@ -252,7 +253,7 @@ def _check_budget(budget: int | None) -> int | None:
     return budget
 
 
-def _ranked(table: dict[str, NDArray[Any]]) -> pd.DataFrame:
+def _ranked(table: dict[str, np.ndarray]) -> pd.DataFrame:
     num_rows = len(table["is_label_issue"])
     for name, column in table.items():
         if column.shape != (num_rows,):

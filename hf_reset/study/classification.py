@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from hf_reset.training.arguments import ResetTrainingArguments
+    from hf_reset.training.best_weights import BestWeightsCallback
 
 _MISSING = -1  # a clean label that nobody gave
 
@@ -158,7 +159,7 @@ def paired_gain(last: np.ndarray, best: np.ndarray, labels: Sequence[int]) -> di
     }
 
 
-def validation_gain(trainer: Any, best: Any, rows: Dataset) -> dict[str, float | int | None]:
+def validation_gain(trainer: Any, best: BestWeightsCallback, rows: Dataset) -> dict[str, float | int | None]:
     """`paired_gain` of a run's best evaluated weights.
 
     Args:
@@ -172,12 +173,12 @@ def validation_gain(trainer: Any, best: Any, rows: Dataset) -> dict[str, float |
     return paired_gain(last, chosen, list(rows["label"]))
 
 
-def predicted_classes(predictions: Any) -> np.ndarray:
+def predicted_classes(predictions: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
     """Class numbers, shape (N,), from logits of shape (N, K), or from a tuple that begins with them."""
     return np.asarray(logits_of(predictions)).argmax(axis=-1)
 
 
-def logits_of(predictions: Any) -> np.ndarray:
+def logits_of(predictions: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
     """Logits (N, K), or what a tuple of predictions begins with."""
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
@@ -291,7 +292,7 @@ def _sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
-def _class_names(splits: Sequence[Dataset], feature: Any, columns: Columns) -> list[Label]:
+def _class_names(splits: Sequence[Dataset], feature: object, columns: Columns) -> list[Label]:
     """All classes that occur, sorted; those of the data set's own ClassLabel in its order."""
     train = {label for name in ("given", "true") for label in splits[0][name] if label is not None}
     found = train | {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ class Findings:
     names: list[str]
     noise: NoiseEstimate
     notes: list[str]
-    run: Mapping[str, Any]
+    run: Mapping[str, object]
 
 
 def find_errors(data: str | Path, search: Search | None = None) -> Findings:
@@ -320,9 +320,9 @@ def _tokens(
     return Dataset.from_dict({**tokens, "label": rows.labels[chosen].tolist()})
 
 
-def _in_file(count: int, parts: list[tuple[NDArray[np.int64], RowMemory]], name: str) -> NDArray[Any]:
+def _in_file(count: int, parts: list[tuple[NDArray[np.int64], RowMemory]], name: str) -> np.ndarray:
     """What memories keep of their rows, at the file's rows: NaN in rows that none has (visits: 0)."""
-    made: NDArray[Any] | None = None
+    made: np.ndarray | None = None
     for rows, memory in parts:
         values = (memory.total.mean("loss") if name == "mean_loss" else getattr(memory, name)).numpy()
         if made is None:
@@ -342,7 +342,7 @@ def _named(table: pd.DataFrame, rows: LabelledTexts) -> pd.DataFrame:
     return named
 
 
-def _account(trainer: ResetTrainer, search: Search, held_out: int) -> dict[str, Any]:
+def _account(trainer: ResetTrainer, search: Search, held_out: int) -> dict[str, object]:
     callback = trainer.reset_callback
     assert callback is not None
     moves = [event["step"] for event in callback.events if event["kind"] == "anchor"]
@@ -355,7 +355,7 @@ def _account(trainer: ResetTrainer, search: Search, held_out: int) -> dict[str, 
     }
 
 
-def _text_of(value: Any, row: int, column: str) -> str | None:
+def _text_of(value: object, row: int, column: str) -> str | None:
     """The text, None where it is missing or blank."""
     if value is not None and not isinstance(value, str):
         if value != value:  # NaN is how readers write a gap
@@ -367,7 +367,7 @@ def _text_of(value: Any, row: int, column: str) -> str | None:
     return value if value and value.strip() else None
 
 
-def _notes(columns: Mapping[str, tuple[str, list[Any]]]) -> list[str]:
+def _notes(columns: Mapping[str, tuple[str, Sequence[object]]]) -> list[str]:
     notes = []
     for kind, (column, values) in columns.items():
         gaps = [row for row, value in enumerate(values) if value is None]

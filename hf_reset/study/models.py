@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_pretrained(
@@ -143,7 +146,7 @@ def _unpacked() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def in_4bit() -> Any:
+def in_4bit() -> BitsAndBytesConfig:
     """How QLoRA (Dettmers et al. 2023, arXiv 2305.14314) holds base weights: NF4, quantized twice, bfloat16 sums."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -156,7 +159,7 @@ def in_4bit() -> Any:
     )
 
 
-def refuse_encoder(model: Any, name: str) -> None:
+def refuse_encoder(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that reads a text in both directions, and so would see each response that it is to give.
 
     transformers loads encoders as causal models too, with no more than a warning.
@@ -173,7 +176,9 @@ def refuse_encoder(model: Any, name: str) -> None:
         )
 
 
-def refuse_misfit(model: Any, name: str, tokenizer: Any, tokenizer_name: str, max_length: int) -> None:
+def refuse_misfit(
+    model: Any, name: str, tokenizer: PreTrainedTokenizerBase, tokenizer_name: str, max_length: int
+) -> None:
     """Refuse a model that cannot embed what the tokenizer gives, or has no positions for rows of that length.
 
     Raises:

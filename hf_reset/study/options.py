@@ -68,7 +68,11 @@ class RecipeArguments:
 
 
 def run_command(
-    run: Callable[[Sequence[str]], Any], recipe_arguments: Any, *, description: str, argv: Sequence[str] | None = None
+    run: Callable[[Sequence[str]], object],
+    recipe_arguments: Any,
+    *,
+    description: str,
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Be the command of a recipe: its help, an error in one line with exit status 1, a clean end of all processes.
 
@@ -171,7 +175,7 @@ def parse_recipe(argument_classes: Sequence[Any], argv: Sequence[str]) -> tuple[
     return (*instances, _configuration(instances, given=given))
 
 
-def refuse_ignored(values: Mapping[str, Any], given: set[str]) -> None:
+def refuse_ignored(values: Mapping[str, object], given: set[str]) -> None:
     """Refuse options that a recipe would not obey.
 
     Args:
@@ -276,7 +280,7 @@ def _add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.yaml", help="options as YAML; the command line overrides them")
 
 
-def _as_options(config: Mapping[str, Any]) -> list[str]:
+def _as_options(config: Mapping[str, object]) -> list[str]:
     """The configuration as command-line words, so that both go through the same types and choices."""
     words: list[str] = []
     for key, value in config.items():

@@ -15,15 +15,16 @@ from hf_reset.errors import ConfigError
 from hf_reset.study.arms import Arm, planned_runs
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
     from hf_reset.report.results import Results
     from hf_reset.study.options import RecipeArguments
     from hf_reset.training.best_weights import BestWeightsCallback
+    from hf_reset.training.trainer import ResetTrainerMixin
 
 
 def open_study(
-    recipe: str, options: RecipeArguments, training: Any, configuration: dict[str, Any]
+    recipe: str, options: RecipeArguments, training: Any, configuration: dict[str, object]
 ) -> tuple[Results, list[tuple[Arm, int]], Callable[[str], None]]:
     """Where a study keeps its records, the runs it consists of, and how it tells of its progress (on one process).
 
@@ -70,7 +71,7 @@ def fresh_engine() -> None:
         AcceleratorState._reset_state()
 
 
-def save_whole_model(trainer: Any, path: str) -> None:
+def save_whole_model(trainer: Trainer, path: str) -> None:
     """As `trainer.save_model`, to be called on every rank; FSDP's sharded checkpoints have no model of their own."""
     if not trainer.is_fsdp_enabled:
         trainer.save_model(path)
@@ -85,7 +86,7 @@ def save_whole_model(trainer: Any, path: str) -> None:
 def run_arms(
     results: Results,
     runs: Sequence[tuple[Arm, int]],
-    run_one: Callable[[Arm, int], Mapping[str, Any]],
+    run_one: Callable[[Arm, int], Mapping[str, object]],
     *,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -122,7 +123,7 @@ def study_callbacks(training_arguments: TrainingArguments, results: Results) -> 
     from transformers import TrainerCallback
 
     class ResultsFromTheStart(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
             results.save()
 
     return [ResultsFromTheStart(), *quiet_unless_terminal(training_arguments)]
@@ -142,7 +143,7 @@ def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[Trainer
     from transformers.utils.logging import disable_progress_bar
 
     class EvaluationLines(TrainerCallback):
-        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_evaluate(self, args: object, state: TrainerState, control: object, **kwargs: Any) -> None:
             if state.is_world_process_zero and state.max_steps:
                 loss = kwargs.get("metrics", {}).get("eval_loss", float("nan"))
                 print(f"  step {state.global_step}/{state.max_steps}: validation loss {loss:.4f}", flush=True)
@@ -155,7 +156,7 @@ def quiet_unless_terminal(training_arguments: TrainingArguments) -> list[Trainer
     return [EvaluationLines()]
 
 
-def resume_point(training: Any, args: Any) -> str | None:
+def resume_point(training: TrainingArguments, args: TrainingArguments) -> str | None:
     """The newest whole checkpoint of one run, when the study is taken up again.
 
     Args:
@@ -177,7 +178,7 @@ def best_weights(args: Any) -> BestWeightsCallback:
     return BestWeightsCallback(args.reset_config(), path=path)
 
 
-def train_run(trainer: Any, training: Any) -> dict[str, Any]:
+def train_run(trainer: Trainer, training: TrainingArguments) -> dict[str, float]:
     """Train one run, from where it was if the study is taken up again, and say what it cost.
 
     Args:
@@ -229,7 +230,7 @@ def at_step(history: Mapping[str, Sequence[Sequence[float]]], name: str, step: i
     return next((value for at, value in history.get(name, []) if at == step), None)
 
 
-def suspects_share(trainer: Any) -> float | None:
+def suspects_share(trainer: ResetTrainerMixin) -> float | None:
     """Share of the judged training rows whose label a run believes wrong; None where it judged none."""
     from hf_reset.errors import DataError
 
@@ -245,8 +246,8 @@ def save_final_model(
     finish: str,
     best: BestWeightsCallback,
     path: str,
-    record: Mapping[str, Any] | None = None,
-    options: Any = None,
+    record: Mapping[str, object] | None = None,
+    options: object = None,
 ) -> None:
     """Save the last weights, or the anchor's (without resets: the best evaluated), as `reset_finish` says.
 

@@ -28,7 +28,7 @@ from scipy.special import exprel, log_ndtr
 
 from hf_reset.errors import ConfigError, DataError
 
-Array: TypeAlias = NDArray[np.floating[Any]]
+Array: TypeAlias = NDArray[np.floating]
 Floats: TypeAlias = "float | Array"
 
 # Random-walk steps look at the target only when they end, so a walk passes it by this much on average, in standard

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence, Sized
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +18,13 @@ from hf_reset.policy import ResetConfig, ResetState, probability_now
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.resume import record_event
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from typing_extensions import Unpack
+
+    from hf_reset.training.hooks import HookKeywords
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +42,9 @@ class ResetAdvisorCallback(TrainerCallback):
     validation cannot see. Put it after the reset callback; `ResetTrainer` does by itself (`reset_advice`).
     """
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
+    ) -> None:
         """Look, and say what is new."""
         resets: StochasticResetCallback | None = getattr(state, "_stochastic_reset_callback", None)
         if resets is None or resets.reset_state.anchor_step is None or not resets.config.can_reset:
@@ -51,7 +60,7 @@ class ResetAdvisorCallback(TrainerCallback):
 
 
 def _signatures(
-    resets: StochasticResetCallback, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]
+    resets: StochasticResetCallback, args: TrainingArguments, state: TrainerState, kwargs: HookKeywords
 ) -> dict[str, str | None]:
     """Each signature's message, None where it does not apply."""
     config, now, history = resets.config, resets.reset_state, with_events(state.log_history, resets.events)
@@ -111,14 +120,16 @@ def _late(history: Sequence[Event], key: str, now: ResetState, chance: float | N
     )
 
 
-def _near_chance(now: ResetState, waited: int, model: Any, greater: bool) -> str | None:
+def _near_chance(now: ResetState, waited: int, model: nn.Module, greater: bool) -> str | None:
     chance = _chance(model, is_loss=not greater)
     if chance is None or now.anchor_metric is None:
         return None
     return advice.near_chance(now.anchor_metric, chance, waited, is_loss=not greater)
 
 
-def _within_noise(events: Sequence[Event], now: ResetState, loader: Any, key: str, sign: int) -> str | None:
+def _within_noise(
+    events: Sequence[Event], now: ResetState, loader: DataLoader | None, key: str, sign: int
+) -> str | None:
     """For accuracies, and where evaluations leave their rows behind."""
     rows = getattr(loader, "dataset", None)
     if not isinstance(rows, Sized) or now.armed_step is None:
@@ -132,7 +143,7 @@ def _within_noise(events: Sequence[Event], now: ResetState, loader: Any, key: st
     return advice.within_noise(gains, len(rows), standard_error=float(np.median(errors)) if errors else None)
 
 
-def _chance(model: Any, *, is_loss: bool) -> float | None:
+def _chance(model: nn.Module, *, is_loss: bool) -> float | None:
     """The loss, or the least accuracy, of guessing; None unless the model sorts into classes."""
     config = getattr(model, "config", None)
     labels = getattr(config, "num_labels", 0) if type(model).__name__.endswith("Classification") else 0

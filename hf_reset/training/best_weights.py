@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,6 +15,13 @@ from hf_reset.policy import ResetConfig
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.parameters import TrainedParameters
 from hf_reset.training.scheduled import is_scheduled
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from typing_extensions import Unpack
+
+    from hf_reset.training.hooks import HookKeywords
 
 
 class BestWeightsCallback(TrainerCallback):
@@ -63,7 +70,7 @@ class BestWeightsCallback(TrainerCallback):
             yield
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Make room, and take the file up again when a run is resumed."""
         self._watch = MetricWatch.of(self.config, args)
@@ -83,8 +90,8 @@ class BestWeightsCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Unpack[HookKeywords],
     ) -> None:
         """Copy the weights if they are a new best."""
         if self._watch is None or self.store is None or metrics is None or not is_scheduled():
@@ -106,5 +113,5 @@ class BestWeightsCallback(TrainerCallback):
         """Evaluations after training are not taken in."""
         self._watch = self._trained = None
 
-    def _new_store(self, model: Any, optimizer: Any) -> AnchorStore:
+    def _new_store(self, model: nn.Module, optimizer: Optimizer) -> AnchorStore:
         return AnchorStore(model, optimizer, scope="all", optimizer_state="keep", storage=self.storage)

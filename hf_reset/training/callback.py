@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -21,7 +21,7 @@ from hf_reset.planner.excursions import Event
 from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, probability_now
 from hf_reset.training import narration
 from hf_reset.training.ema import Average
-from hf_reset.training.evidence import Margins, RowSource
+from hf_reset.training.evidence import LossRows, Margins, RowSource
 from hf_reset.training.parameters import TrainedParameters
 from hf_reset.training.resume import (
     Progress,
@@ -34,6 +34,11 @@ from hf_reset.training.resume import (
 )
 from hf_reset.training.run import Run, pass_over_once
 from hf_reset.training.scheduled import is_scheduled
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from hf_reset.training.hooks import HookKeywords
 
 # Among Trainer's own, so that `transformers.logging.set_verbosity` and `log_level` are for it as well.
 logger = logging.get_logger("transformers.hf_reset")
@@ -88,7 +93,7 @@ class StochasticResetCallback(TrainerCallback):
         *,
         resume_from_checkpoint: str | Path | None = None,
         rows: RowSource | None = None,
-        **fields: Any,
+        **fields: object,
     ) -> None:
         self.config = configured(config, fields)
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, (str, Path)):
@@ -107,7 +112,7 @@ class StochasticResetCallback(TrainerCallback):
     # What the Trainer calls.
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Check the set-up, make room for the anchor, and take up where a checkpoint left off."""
         self._refuse_second_callback(state)
@@ -118,10 +123,10 @@ class StochasticResetCallback(TrainerCallback):
         with together():
             if run.chooses:
                 run.watch.refuse_no_evaluation(args)
-                self.store = self._new_store(kwargs["model"], kwargs["optimizer"])
+                self.store = self._new_store(kwargs)
                 run.trained = TrainedParameters(kwargs["model"])
             if self.config.ema_decay is not None:
-                self.average = self._new_average(self.config.ema_decay, kwargs["model"], kwargs["optimizer"])
+                self.average = self._new_average(self.config.ema_decay, kwargs)
             if state.global_step > 0:
                 refuse_lost_state(kwargs["model"], kwargs["optimizer"])
         if state.global_step > 0:
@@ -138,8 +143,8 @@ class StochasticResetCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: object,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Unpack[HookKeywords],
     ) -> None:
         """Take one evaluation in, if it is one by which weights may be chosen."""
         run = self._run
@@ -166,7 +171,7 @@ class StochasticResetCallback(TrainerCallback):
             self._tell({"reset/armed": 1.0})
 
     def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Remember whether the Trainer's own evaluation is due, while somebody evaluates."""
         if self._run is not None:
@@ -201,8 +206,7 @@ class StochasticResetCallback(TrainerCallback):
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
         if args.save_only_model or self._run is None or self._run.saved_step == state.global_step:
             return
-        directory = saved_into(args, state, self.store)
-        if directory is not None:
+        if (directory := saved_into(args, state, self.store)) is not None:
             self.save_anchor(directory, args, state)
 
     def on_train_end(
@@ -270,18 +274,18 @@ class StochasticResetCallback(TrainerCallback):
 
     # Steps of the above.
 
-    def _new_average(self, decay: float, model: Any, optimizer: Any) -> Average:
+    def _new_average(self, decay: float, live: HookKeywords) -> Average:
         if not self.can_average:
             raise UnsupportedError(
                 "`ema_decay` needs ResetTrainer, or `ResetTrainerMixin` in front of your own Trainer: a callback is "
                 "not told before an evaluation or a save, so the average could not be what is evaluated and saved."
             )
-        return Average(model, optimizer, self.config.scope, decay=decay, storage=self.config.storage)
+        return Average(live["model"], live["optimizer"], self.config.scope, decay=decay, storage=self.config.storage)
 
-    def _new_store(self, model: Any, optimizer: Any) -> AnchorStore:
+    def _new_store(self, live: HookKeywords) -> AnchorStore:
         return AnchorStore(
-            model,
-            optimizer,
+            live["model"],
+            live["optimizer"],
             scope=self.config.scope,
             optimizer_state=self.config.optimizer_state,
             storage=self.config.storage,
@@ -291,7 +295,7 @@ class StochasticResetCallback(TrainerCallback):
     def _progress(self, run: Run, args: TrainingArguments) -> Progress:
         return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
 
-    def _observe(self, value: float, rows: Any, run: Run, step: int) -> tuple[bool, float | None]:
+    def _observe(self, value: float, rows: LossRows | None, run: Run, step: int) -> tuple[bool, float | None]:
         """Take a value in, and what its rows say: whether the anchor moves here, and how far its rows lie above."""
         margins = Margins() if rows is None else run.evidence.margins(rows[0])
         self.reset_state, moved = observe(
@@ -313,17 +317,17 @@ class StochasticResetCallback(TrainerCallback):
         is_full = self.store is not None and self.store.is_full
         return is_full and self.reset_state.last_reset_step == state.global_step - 1
 
-    def _move_anchor(self, run: Run, state: TrainerState, live: dict[str, Any], margin: float | None) -> None:
+    def _move_anchor(self, run: Run, state: TrainerState, live: HookKeywords, margin: float | None) -> None:
         distance = None
         if self.store is not None:
             changes = run.trained.changes(live["model"]) if run.trained is not None else []
             if changes:
-                self._take_in(changes, live["model"], live["optimizer"])
+                self._take_in(changes, live)
             distance = self.store.distance() if self.store.is_set else None
             self.store.snapshot()
         self.record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
 
-    def _take_in(self, changes: list[str], model: Any, optimizer: Any) -> None:
+    def _take_in(self, changes: list[str], live: HookKeywords) -> None:
         """Parameters were unfrozen, frozen, added or replaced since the last anchor: the next is of those there are."""
         if self.average is not None:
             raise UnsupportedError(
@@ -338,7 +342,7 @@ class StochasticResetCallback(TrainerCallback):
             self.config.scope,
         )
         self.store = None  # give its memory back, before the next takes some
-        self.store = self._new_store(model, optimizer)
+        self.store = self._new_store(live)
 
     def _finish(self, args: TrainingArguments, state: TrainerState) -> str:
         """Put the weights of the end in place, and say whose they are."""
@@ -370,7 +374,7 @@ class StochasticResetCallback(TrainerCallback):
         known = {"excursions": plan.counts.excursions, "improvements": sum(plan.counts.hits)}
         self.record(state, "plan", None, probability=plan.probability, **known)
 
-    def record(self, state: TrainerState, kind: str, distance: float | None = None, **more: Any) -> None:
+    def record(self, state: TrainerState, kind: str, distance: float | None = None, **more: object) -> None:
         """Add to the audit trail, here and where Trainer saves it."""
         record = {
             "kind": kind,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hf_reset.anchor.copies import Copy, Key, LiveViews
 from hf_reset.anchor.file import Header, Shapes, read_copy, write_copy
@@ -51,7 +52,7 @@ class Average:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Any = None,
+        optimizer: Optimizer | None = None,
         scope: Scope = "all",
         *,
         decay: float,
@@ -116,7 +117,7 @@ class Average:
             if self._depth == 0:
                 self._leave()
 
-    def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None) -> None:
         """Write the live weights, inside `swapped`, beside a checkpoint whose model holds the average.
 
         The average itself is written only where its precision is more than the model's.

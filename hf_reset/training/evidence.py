@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Rows = NDArray[np.float64]
+_Rows: TypeAlias = NDArray[np.float64]
+
+LossRows: TypeAlias = tuple[_Rows, _Rows]
+"""Each validation row's loss, and that of a model that knows the labels' frequencies alone: (N,) and (N,)."""
 
 EVALUATIONS = 2  # that are averaged before they are held against the anchor: one alone swings with its last batches
 
@@ -22,7 +25,7 @@ EVALUATIONS = 2  # that are averaged before they are held against the anchor: on
 class RowSource(Protocol):
     """What an evaluation leaves behind for a paired comparison: `hf_reset.metrics.evaluation.CalibratedMetrics`."""
 
-    def take_rows(self) -> tuple[_Rows, _Rows] | None:
+    def take_rows(self) -> LossRows | None:
         """Losses of the rows of the last evaluation, and those of a model that knows the labels' frequencies alone.
 
         Both of shape (N,), lower is better, in the evaluation set's order, NaN where a row has no label. None where
@@ -83,7 +86,7 @@ class RowEvidence:
         """After a reset: the evaluations of the excursion that ended say nothing of the next."""
         return replace(self, recent=())
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Plain values; numbers survive the way through JSON exactly."""
         return {
             "anchor": None if self.anchor is None else self.anchor.tolist(),

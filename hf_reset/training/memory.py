@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from safetensors import safe_open
@@ -16,11 +17,15 @@ from hf_reset.anchor.ranks import gathered, together, world_size
 from hf_reset.errors import AnchorFileError, ConfigError, DataError, UnsupportedError
 from hf_reset.files import written_whole
 from hf_reset.losses.by_name import logits_of
-from hf_reset.rows.identity import NumberedRows, refuse_unnumbered
+from hf_reset.rows.identity import Batch, NumberedRows, refuse_unnumbered
 from hf_reset.rows.memory import MAX_BYTES, RowMemory
 from hf_reset.rows.responses import ResponseMemory
 from hf_reset.rows.suspects import suspect_responses, suspects_of
 from hf_reset.training.rows import NumberedBatchesMixin
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -79,18 +84,18 @@ class RowMemoryMixin(NumberedBatchesMixin):
 
     # What decides whether there is a memory.
 
-    def rows_needed_by(self, args: Any) -> str | None:
+    def rows_needed_by(self, args: TrainingArguments) -> str | None:
         """What was asked for that cannot do without rows, as the user wrote it; None for nothing."""
         return "`reset_row_memory=True`" if getattr(args, "reset_row_memory", None) else None
 
-    def wants_rows(self, args: Any) -> bool:
+    def wants_rows(self, args: TrainingArguments) -> bool:
         """Whether rows are needed, or of use: to a single-label classifier, unless turned off."""
         if self.rows_needed_by(args) is not None:
             return True
         unasked = getattr(args, "reset_row_memory", None) is None
         return unasked and is_classifier(getattr(self, "model", None))  # not there yet when TRL prepares its data
 
-    def _begin_rows(self, checkpoint: str | None, loader: Any) -> None:
+    def _begin_rows(self, checkpoint: str | None, loader: DataLoader) -> None:
         """Make the memory of this run, and fill it from a checkpoint; or know why there is none.
 
         Raises:
@@ -137,8 +142,8 @@ class RowMemoryMixin(NumberedBatchesMixin):
     # What feeds it.
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Any]:
         """As Trainer's; what a training forward said goes into the row memory."""
         if not self._feeds_from_outputs or self.row_memory is None or self.batch_rows is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
@@ -185,21 +190,22 @@ class RowMemoryMixin(NumberedBatchesMixin):
             self.row_memory, self.why_no_row_memory = None, unfit
             logger.warning("The row memory is off: %s.", unfit)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         with together():
             self._begin_rows(resume_from_checkpoint, prepared[1])
         return prepared
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
         self.share_rows()
         return metrics
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        outcome = super()._run_epoch(*args, **kwargs)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        super()._run_epoch(*args, **kwargs)
         self.share_rows()
-        return outcome
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -264,11 +270,11 @@ def is_classifier(model: nn.Module | None) -> bool:
     return any(base.__name__ in known for module in model.modules() for base in type(module).__mro__)
 
 
-def _flat(names: Any) -> list[str]:
+def _flat(names: Iterable[str | tuple[str, ...] | list[str]]) -> list[str]:
     return [one for name in names for one in (name if isinstance(name, (tuple, list)) else (name,))]
 
 
-def _unfit(logits: Any, labels: Any, rows: Tensor, classes: int) -> str | None:
+def _unfit(logits: Tensor, labels: object, rows: Tensor, classes: int) -> str | None:
     """Why a batch cannot be remembered by class, in words; None where it can."""
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__

@@ -64,7 +64,7 @@ class MetricWatch:
         is_of_first_set = default != "loss" and not (config.metric or args.metric_for_best_model)
         return cls(key, True if greater is None else greater, config.min_delta, is_of_first_set)
 
-    def value_in(self, metrics: Mapping[str, Any]) -> float | None:
+    def value_in(self, metrics: Mapping[str, float]) -> float | None:
         """The metric among an evaluation's results, None where they lack it.
 
         Raises:
@@ -101,7 +101,7 @@ class MetricWatch:
                 '`eval_strategy="steps"` with `eval_steps`, and pass an `eval_dataset` (its labels may be noisy).'
             )
 
-    def agree(self, metrics: dict[str, Any], args: TrainingArguments) -> None:
+    def agree(self, metrics: dict[str, float], args: TrainingArguments) -> None:
         """Let every rank have rank 0's value, where Trainer looks for its own best too: a collective.
 
         Results are equal on all ranks unless `compute_metrics` makes them differ. Ranks that then chose apart would

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from hf_reset.planner.excursions import Entry
 from hf_reset.policy import TURNED, ResetConfig, ResetState, period_of, probability_now
 from hf_reset.training.metric import MetricWatch
 
@@ -57,7 +57,7 @@ def ending(
     config: ResetConfig,
     state: ResetState,
     watch: MetricWatch,
-    events: Sequence[dict[str, Any]],
+    events: Sequence[Entry],
     steps: int,
     weights: str,
 ) -> str:
@@ -78,7 +78,7 @@ def ending(
     return f"{_times(state.resets, 'reset')} in {steps} steps. {_where(state, watch)}, {judged}. {weights}"
 
 
-def gain(state: ResetState, watch: MetricWatch, events: Sequence[dict[str, Any]]) -> float | None:
+def gain(state: ResetState, watch: MetricWatch, events: Sequence[Entry]) -> float | None:
     """How much better the best is than the anchor was when resets began, in the metric's units; None before that."""
     if state.armed_step is None or state.best is None:
         return None

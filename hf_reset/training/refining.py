@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_reset.anchor.ranks import gathered, world_size
 from hf_reset.errors import ConfigError, DataError, UnsupportedError
-from hf_reset.losses.by_name import LOSSES, logits_of, shifts_labels
+from hf_reset.losses.by_name import LOSSES, Outputs, logits_of, shifts_labels
 from hf_reset.losses.memory import EarlyLearningRegularization, named_remembering_loss
 from hf_reset.losses.reduce import IGNORE_INDEX, ScoredRows, per_example, reduce, scored_rows
 from hf_reset.losses.robust import cross_entropy_rows, expected_rows, soft_target_rows
@@ -25,6 +25,10 @@ from hf_reset.rows.responses import ResponseMemory
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.memory import RowMemoryMixin
 from hf_reset.training.responses import losses_without_prompts
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,7 @@ class RefiningMixin(RowMemoryMixin):
         elif self.compute_loss_func == self._loss_of_rows:
             self.compute_loss_func = None
 
-    def rows_needed_by(self, args: Any) -> str | None:
+    def rows_needed_by(self, args: TrainingArguments) -> str | None:
         """As `RowMemoryMixin`'s: refinement, weights and losses that remember need rows."""
         mode, loss = self._configured(args).mode, getattr(args, "reset_loss", None)
         if mode != "off":
@@ -141,7 +145,7 @@ class RefiningMixin(RowMemoryMixin):
 
     # What was asked for.
 
-    def _configured(self, args: Any) -> RefinementConfig:
+    def _configured(self, args: TrainingArguments) -> RefinementConfig:
         mode, asked = getattr(args, "reset_refine", "off"), self._asked_refinement
         if asked is None:
             return RefinementConfig(mode=mode)
@@ -171,7 +175,9 @@ class RefiningMixin(RowMemoryMixin):
 
     # The loss.
 
-    def _loss_of_rows(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+    def _loss_of_rows(
+        self, outputs: Outputs, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None
+    ) -> Tensor:
         """Trainer's `compute_loss_func`. In training it knows the rows of the batch, `batch_rows`."""
         if labels is None:
             raise ConfigError("A loss of rows needs `labels` in every batch, and this one has none.")
@@ -203,7 +209,7 @@ class RefiningMixin(RowMemoryMixin):
         with torch.no_grad():
             memory.update(rows, per_example(cross_entropy_rows(scored.logits.detach(), scored.labels), scored))
 
-    def _given_values(self, scored: ScoredRows, rows: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def _given_values(self, scored: ScoredRows, rows: Tensor | None, options: dict[str, float]) -> Tensor:
         if self._remembering is not None:
             return self._remembering(scored.logits, scored.labels, rows)
         name = getattr(self.args, "reset_loss", None)
@@ -211,7 +217,7 @@ class RefiningMixin(RowMemoryMixin):
             return cross_entropy_rows(scored.logits, scored.labels)
         return LOSSES[name].rows(scored.logits, scored.labels, **options)
 
-    def _refined_values(self, values: Tensor, scored: ScoredRows, rows: Tensor, options: dict[str, Any]) -> Tensor:
+    def _refined_values(self, values: Tensor, scored: ScoredRows, rows: Tensor, options: dict[str, float]) -> Tensor:
         """The loss against refined targets where there are any. A remembering loss keeps its second term."""
         if self.refinement is None or self.refinement.targets is None:
             return values
@@ -233,12 +239,14 @@ class RefiningMixin(RowMemoryMixin):
 
     # What is made when training begins, and judged at evaluations.
 
-    def _begin_rows(self, checkpoint: str | None, loader: Any) -> None:
+    def _begin_rows(self, checkpoint: str | None, loader: DataLoader) -> None:
         self.refinement = self._remembering = None
         self._refuse_wrong_weights()
         super()._begin_rows(checkpoint, loader)
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if isinstance(self.row_memory, ResponseMemory) and self.row_memory.reference.isnan().all():
             model, loader = prepared
@@ -271,7 +279,7 @@ class RefiningMixin(RowMemoryMixin):
                 f"shape {tuple(weights.shape)} and {int((~(weights >= 0)).sum())} that are not."
             )
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
         self._judge()
         return metrics

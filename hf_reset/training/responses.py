@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from hf_reset.anchor.ranks import gathered
 from hf_reset.losses.reduce import IGNORE_INDEX, per_example, scored_rows
 from hf_reset.losses.robust import cross_entropy_rows
-from hf_reset.rows.identity import pop_rows
+from hf_reset.rows.identity import Batch, pop_rows
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @torch.no_grad()
-def losses_without_prompts(model: nn.Module, loader: Any, args: Any) -> list[tuple[Tensor, Tensor]]:
+def losses_without_prompts(model: nn.Module, loader: Any, args: TrainingArguments) -> list[tuple[Tensor, Tensor]]:
     """Mean token loss of each response by itself, behind the token that begins a text.
 
     The work is dealt out to the processes, in as many forwards on each, since a sharded model takes them together.
@@ -45,9 +48,9 @@ def losses_without_prompts(model: nn.Module, loader: Any, args: Any) -> list[tup
     return gathered((rows, losses))
 
 
-def _start_token(config: Any) -> int:
+def _start_token(config: object) -> int:
     """What begins a text: the tokens of a model's configuration, in the order of preference."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = getattr(config, "get_text_config", lambda: config)()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(text, name, None)
         if token is not None:
@@ -55,7 +58,7 @@ def _start_token(config: Any) -> int:
     return 0
 
 
-def _responses_alone(batch: Any, start: int) -> dict[str, Tensor]:
+def _responses_alone(batch: Batch, start: int) -> dict[str, Tensor]:
     """The tokens that are scored, behind `start`, padded on the right: "input_ids", "attention_mask", "labels"."""
     responses = [ids[labels != IGNORE_INDEX] for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
     width = 1 + max(1, *(len(response) for response in responses)) if responses else 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class Progress:
     world_size: int
     evidence: RowEvidence = field(default_factory=RowEvidence)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """What is written beside the anchor."""
         return {
             "state": asdict(self.state),
@@ -204,7 +205,7 @@ def _load(file: Path, store: AnchorStore | None) -> dict[str, Any]:
     return metadata
 
 
-def _read_progress(file: Path, metadata: dict[str, Any], events: list[dict[str, Any]]) -> Progress:
+def _read_progress(file: Path, metadata: dict[str, Any], events: list[Event]) -> Progress:
     """The run that wrote a checkpoint.
 
     Raises:
@@ -238,7 +239,7 @@ def _read_progress(file: Path, metadata: dict[str, Any], events: list[dict[str, 
         ) from None
 
 
-def _check_numbers(values: dict[str, Any]) -> None:
+def _check_numbers(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         if not isinstance(value, (int, float, type(None))):
             raise TypeError(f"{name} is {value!r}")

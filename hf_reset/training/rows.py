@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from hf_reset.rows.identity import ROW_KEY, NumberedRows, NumberingCollator, pop_rows, why_unnumbered
+from hf_reset.rows.identity import ROW_KEY, Batch, NumberedRows, NumberingCollator, pop_rows, why_unnumbered
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -33,7 +33,7 @@ class NumberedBatchesMixin(_Base):
     _given_numbers: NDArray[np.int64] | None = None  # of each row of the training set that TRL prepared
     _given_rows: int | None = None  # how many there were
 
-    def wants_rows(self, args: Any) -> bool:
+    def wants_rows(self, args: TrainingArguments) -> bool:
         """Whether a run with these arguments has a use for the rows of its training set."""
         return False
 
@@ -49,12 +49,14 @@ class NumberedBatchesMixin(_Base):
         """N, the rows of the training set as given."""
         return self._given_rows if self._given_rows is not None else len(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's, with the batch's row numbers in `batch_rows`."""
         self.batch_rows = pop_rows(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As Trainer's, with the batch's row numbers in `batch_rows`."""
         self.batch_rows = pop_rows(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)

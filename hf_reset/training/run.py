@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from typing import Any
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments
@@ -55,7 +54,7 @@ class Run:
         self.evidence = RowEvidence()
         self.trained: TrainedParameters | None = None
 
-    def value_in(self, metrics: dict[str, Any], args: TrainingArguments) -> float | None:
+    def value_in(self, metrics: dict[str, float], args: TrainingArguments) -> float | None:
         """The metric of an evaluation, the same on every rank; None where it has none.
 
         In the plain Trainer's run nothing is agreed on, and nothing about the metric is an error.
@@ -76,7 +75,7 @@ class Run:
         """Evaluations are complete; the next belong to another step."""
         self.unseen, self.seen = set(), False
 
-    def _note_absence(self, metrics: dict[str, Any]) -> None:
+    def _note_absence(self, metrics: dict[str, float]) -> None:
         """One data set's results lack the metric: an error, unless another of a dict of them may have it."""
         self.unseen |= {name for name, value in metrics.items() if isinstance(value, numbers.Real) and name != "epoch"}
         if "eval_runtime" in metrics:  # the results of the one and only evaluation set
@@ -92,7 +91,7 @@ class Run:
         )
 
 
-def pass_over_once(schedule: Any) -> None:
+def pass_over_once(schedule: object) -> None:
     """Let a learning rate that goes by the metric pass over the evaluation being reported.
 
     It is one of weights just put back: no better than the best, which was theirs, and no sign that learning has come

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from hf_reset.anchor.ranks import gathered, together
 from hf_reset.errors import AnchorFileError, ConfigError
+from hf_reset.rows.identity import Batch
 from hf_reset.training.advisor import ResetAdvisorCallback
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
@@ -122,7 +123,7 @@ class ResetTrainerMixin(RefiningMixin):
         self._note_removed(callback)
         return super().pop_callback(callback)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor | object], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
             return self._running_loss()
