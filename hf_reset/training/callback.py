@@ -19,19 +19,10 @@ from hf_reset.config import ResetConfig, configured
 from hf_reset.errors import ConfigError, NoEffectWarning, UnsupportedError
 from hf_reset.planner.excursions import Event
 from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, probability_now
-from hf_reset.training import narration
+from hf_reset.training import narration, resume
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import LossRows, Margins, RowSource
 from hf_reset.training.parameters import TrainedParameters
-from hf_reset.training.resume import (
-    Progress,
-    record_event,
-    save_average,
-    save_progress,
-    saved_into,
-    take_up,
-    take_up_average,
-)
 from hf_reset.training.run import Run, pass_over_once
 from hf_reset.training.scheduled import is_scheduled
 
@@ -133,9 +124,9 @@ class StochasticResetCallback(TrainerCallback):
             # An evaluation before the first step (`eval_on_start`) would not have been there without the stop.
             run.observed_step = state.global_step
             directory, self.resume_from_checkpoint = self.resume_from_checkpoint, None
-            progress = take_up(directory, self.store, self._progress(run, args), args, state)
+            progress = resume.take_up(directory, self.store, self._progress(run, args), args, state)
             self.reset_state, self.events, run.evidence = progress.state, progress.events, progress.evidence
-            take_up_average(directory, self.average, args, state)
+            resume.take_up_average(directory, self.average, args, state)
         self._run = run
 
     def on_evaluate(
@@ -206,7 +197,7 @@ class StochasticResetCallback(TrainerCallback):
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
         if args.save_only_model or self._run is None or self._run.saved_step == state.global_step:
             return
-        if (directory := saved_into(args, state, self.store)) is not None:
+        if (directory := resume.saved_into(args, state, self.store)) is not None:
             self.save_anchor(directory, args, state)
 
     def on_train_end(
@@ -264,9 +255,9 @@ class StochasticResetCallback(TrainerCallback):
         if self._run is not None:
             self._run.saved_step = state.global_step
             if self.events:
-                save_progress(directory, self.store, self._progress(self._run, args), args)
+                resume.save_progress(directory, self.store, self._progress(self._run, args), args)
             if self.average is not None and not self._run.ended:
-                save_average(directory, self.average, args)
+                resume.save_average(directory, self.average, args)
 
     def averaged(self) -> AbstractContextManager[None]:
         """For a moment, the live weights are the average's, in training under `ema_decay`; else nothing happens."""
@@ -292,8 +283,10 @@ class StochasticResetCallback(TrainerCallback):
             keep_rest=self.config.finish == "anchor",
         )
 
-    def _progress(self, run: Run, args: TrainingArguments) -> Progress:
-        return Progress(self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence)
+    def _progress(self, run: Run, args: TrainingArguments) -> resume.Progress:
+        return resume.Progress(
+            self.reset_state, self.events, self.config, run.watch, run.seed, args.world_size, run.evidence
+        )
 
     def _observe(self, value: float, rows: LossRows | None, run: Run, step: int) -> tuple[bool, float | None]:
         """Take a value in, and what its rows say: whether the anchor moves here, and how far its rows lie above."""
@@ -386,7 +379,7 @@ class StochasticResetCallback(TrainerCallback):
             **more,
         }
         self.events.append(record)
-        record_event(state, record)
+        resume.record_event(state, record)
         if kind == "reset" and distance is not None:
             self._tell({"reset/jump": distance})
         elif kind == "anchor" and self.reset_state.anchor_metric is not None:

@@ -35,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def main() -> None:
         print(f"{case['size']:>8} {case['dtype']:<9}{case['scope']:<9} {case['anchor_bytes']:>13,} bytes  {shown}")
 
 
-def measure(size: str, dtype: str, scope: str, rounds: int, device: torch.device) -> dict[str, object]:
+def measure(size: str, dtype: str, scope: str, rounds: int, device: torch.device) -> dict[str, Any]:
     """One case: seconds of each way, and the ratios of the same round."""
     import torch
 
@@ -131,7 +131,8 @@ def model_of(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32, intermediate_size=4 * width
     )
     torch.manual_seed(0)
-    model: nn.Module = BertForSequenceClassification(config).to(device, dtype)
+    model = cast("nn.Module", BertForSequenceClassification(config))
+    model.to(device, dtype)
     if adapters:
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -156,7 +157,7 @@ def ways_of(anchor: AnchorStore) -> dict[str, Callable[[], object]]:
 
     def bare() -> None:
         for kind, tensors in groups.items():
-            torch._foreach_copy_(targets[kind], tensors)
+            torch._foreach_copy_(targets[kind], tensors)  # pyright: ignore[reportPrivateImportUsage]
 
     return {"copy": bare, "reset": anchor.restore, "snapshot": anchor.snapshot}
 
