@@ -336,3 +336,66 @@ def test_one_class_in_validation_is_warned_of():
     given = prediction()
     with pytest.warns(WeakEvidenceWarning, match="each validation label is class 2, so it rewards"):
         with_calibrated_loss()(EvalPrediction(given.predictions, np.full(200, 2)))
+
+
+# Labels that go wrong in pairs
+
+
+def in_pairs(rows, num_classes, rate, *, right=0.9, strength=6.0, seed=0):
+    """Logits of a confident model, right in a share of the rows; labels moved to the next class at a rate."""
+    rng = np.random.default_rng(seed)
+    clean = rng.integers(0, num_classes, rows)
+    answers = np.where(rng.random(rows) < right, clean, rng.integers(0, num_classes, rows))
+    logits = strength * np.eye(num_classes)[answers] + rng.normal(0, 0.5, (rows, num_classes))
+    given = np.where(rng.random(rows) < rate, (clean + 1) % num_classes, clean)
+    return logits, given, clean
+
+
+@pytest.mark.parametrize("num_classes", [4, 20])
+def test_pair_noise_is_recovered(num_classes):
+    """By a model that is always right, within three standard errors of the share, sqrt(0.4 × 0.6 / N)."""
+    logits, given, _ = in_pairs(2000, num_classes, 0.4, right=1.0)
+    found = calibrated_loss(logits, given)
+    assert found.pair_noise == pytest.approx(0.4, abs=3 * np.sqrt(0.24 / 2000))
+    assert found.wrong_labels == found.pair_noise + found.noise * (num_classes - 1) / num_classes
+    assert found.loss == pytest.approx(found.rows.mean())
+    cost = (num_classes * np.log(num_classes - 1) + np.log(2000) / 2) / 2000
+    noise_itself = -np.log(0.6) * 0.6 - np.log(0.4) * 0.4
+    assert found.loss == pytest.approx(noise_itself + cost, abs=0.03)  # three standard errors of −log q, and a little
+    scaled = calibrated_loss(7.0 * logits, given)
+    assert (scaled.loss, scaled.pair_noise) == pytest.approx((found.loss, found.pair_noise), abs=1e-6)
+
+
+def test_under_pair_noise_weights_that_know_more_look_better():
+    """One knows the noise and hedges between a class and its partner, the other is sure, and more often right."""
+    _, given, clean = in_pairs(800, 4, 0.4, seed=1)
+    rng = np.random.default_rng(2)
+    hedging, sure = (np.where(rng.random(800) < right, clean, rng.integers(0, 4, 800)) for right in (0.8, 0.95))
+    hedged = np.log(0.55 * np.eye(4)[hedging] + 0.35 * np.eye(4)[(hedging + 1) % 4] + 0.025)
+    confident = 8.0 * np.eye(4)[sure]
+    assert calibrated_loss(confident, given).loss < calibrated_loss(hedged, given).loss
+    assert calibrated_loss(confident, given).estimated_accuracy > 0.85
+
+
+@pytest.mark.parametrize("num_classes", [3, 6, 77])
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_partners_are_not_named_where_labels_are_wrong_alike(num_classes, noise):
+    """Naming them costs more than the accidents of 400 rows gain: they take no large share in any of twenty draws."""
+    for seed in range(20):
+        logits, labels = planted(400, num_classes, noise, 1.0, seed=seed)
+        assert calibrated_loss(logits, labels).pair_noise < 0.05
+
+
+def test_partners_cost_what_they_say():
+    """A class a partner, log(K − 1) nats each, and log(N) / 2: the least that pairs must gain."""
+    from hf_reset.metrics.pairs import partners_of
+
+    labels = np.repeat(np.arange(4), 25)
+    moved = labels.copy()
+    moved[::5] = (moved[::5] + 1) % 4
+    assert partners_of(labels, moved, 4).tolist() == [1, 2, 3, 0]
+    assert partners_of(labels, labels, 4) is None  # nothing is wrong
+    moved = labels.copy()
+    moved[0] = 1  # one label: log 3 + log(100) / 2 to say, log 3 to gain
+    assert partners_of(labels, moved, 4) is None
+    assert partners_of(labels % 2, 1 - labels % 2, 2) is None

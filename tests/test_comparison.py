@@ -171,6 +171,17 @@ def test_many_settings_are_left_to_the_table_of_cells():
     assert "| reset | calibrated | 6 | +4.0 (" in comparison_table(many)
 
 
+def test_suspects_of_many_settings_stand_a_row_a_setting():
+    many = [{**one, "setting": {"name": f"{one['setting']['name']}{k}"}} for one in RECORDS for k in range(3)]
+    lines = suspects_table([{**one, "suspects_auroc": 0.9} for one in many]).splitlines()
+    assert lines[0] == "| setting | plain, row memory | reset, row memory |"
+    assert lines[2] == "| a0 | 0.900 ± 0.000 | 0.900 ± 0.000 |"
+    assert len(lines) == 2 + 6
+    assert suspects_table([{**one, "suspects_auroc": 0.9} for one in RECORDS]).startswith(
+        "| method | ranked by | a | b |"
+    )
+
+
 def test_choices_of_plain_training_stand_beside_the_noise_that_was_fitted():
     more = {"best_step": {"calibrated": 20}, "history": {"label_noise": [[10, 0.1], [20, 0.38]]}}
     records = [{**one, **more, "validation_wrong": 0.4} for one in RECORDS]

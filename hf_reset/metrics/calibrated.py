@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_reset.errors import DataError
 from hf_reset.metrics.arrays import IGNORE_INDEX, class_numbers, to_numpy
+from hf_reset.metrics.pairs import PairFit, fit_pairs, partners_of
 
 METRIC_NAMES = ("calibrated_loss", "label_noise", "temperature", "estimated_accuracy")
 """What `with_calibrated_loss` adds; `Trainer` puts `eval_` in front."""
@@ -49,11 +50,14 @@ class CalibratedLoss:
     often wrong, for certainties among wrong labels. Where noise is not uniform, this is too low."""
     rows: NDArray[np.float64] = field(repr=False, compare=False)
     """The value of each row, shape (N,); NaN where it has no label. `loss` is their mean, for paired tests."""
+    pair_noise: float = 0.0
+    """δ in [0, 1], fitted: the share of labels that look like the right class's one partner, see
+    `hf_reset.metrics.pairs`; 0 where labels are not wrong in pairs."""
 
     @property
     def wrong_labels(self) -> float:
-        """ε (K − 1) / K, the share of labels that look wrong: τ of `hf_reset.noise.symmetric_matrix`."""
-        return self.noise * (self.num_classes - 1) / self.num_classes
+        """ε (K − 1) / K + δ, the share of labels that look wrong: τ of `hf_reset.noise.symmetric_matrix` and pairs."""
+        return self.noise * (self.num_classes - 1) / self.num_classes + self.pair_noise
 
     def metrics(self) -> dict[str, float]:
         """`METRIC_NAMES` and their values; "label_noise" is `wrong_labels`."""
@@ -74,8 +78,9 @@ def calibrated_loss(logits: ArrayLike, labels: ArrayLike) -> CalibratedLoss:
     (T = 1, ε = 0), never above log K. ε is solved for exactly at each temperature, where the loss is convex in
     it; T is searched on a grid over 16 octaves, then between the neighbours of the best.
 
-    Only uniform noise is fitted. Where each class is mistaken for one other in particular (pair noise), ε comes
-    out near 0 and T takes its part.
+    Where each class is called one other in particular (pair noise) more often than naming these partners costs, the
+    label of a row is explained by its class's partner too, see `hf_reset.metrics.pairs`; without that ε would come out
+    near 0, T take its part, and weights that know more look worse.
 
     Args:
         logits: z, shape (N, K), K at least 2, any floating type; numpy or torch.
@@ -104,8 +109,13 @@ def calibrated_loss(logits: ArrayLike, labels: ArrayLike) -> CalibratedLoss:
         return CalibratedLoss(math.nan, math.nan, math.nan, fit.num_classes, math.nan, fit.spread(math.nan))
     temperature, noise = _best_fit(fit)
     values = _row_losses(fit.log_p(1 / temperature), noise, fit.num_classes)
+    pair_noise, paired = 0.0, fit.with_pairs()
+    if paired is not None and paired.values.mean() < values.mean():
+        temperature, noise, pair_noise, values = math.exp(-paired.log_beta), *paired[1:]
     accuracy = fit.largest_p(1 / max(temperature, _COLDEST_CREDITED))
-    return CalibratedLoss(float(values.mean()), temperature, noise, fit.num_classes, accuracy, fit.spread(values))
+    return CalibratedLoss(
+        float(values.mean()), temperature, noise, fit.num_classes, accuracy, fit.spread(values), pair_noise
+    )
 
 
 def calibrated_rows(logits: ArrayLike, labels: ArrayLike, temperature: float, noise: float) -> NDArray[np.float64]:
@@ -138,6 +148,7 @@ class _Rows:
 
     below: _Floats
     at_label: _Floats
+    labels: NDArray[np.int64]
     is_labelled: NDArray[np.bool_]
 
     @classmethod
@@ -150,7 +161,8 @@ class _Rows:
         with np.errstate(invalid="ignore"):  # inf − inf: such a row becomes NaN
             below = values[is_labelled].astype(np.float64)
             below -= below.max(axis=1, keepdims=True)
-        return cls(below, below[np.arange(len(below)), wanted[is_labelled]], is_labelled)
+        given = wanted[is_labelled]
+        return cls(below, below[np.arange(len(below)), given], given, is_labelled)
 
     @property
     def num_classes(self) -> int:
@@ -165,6 +177,15 @@ class _Rows:
         out = np.full(len(self.is_labelled), np.nan)
         out[self.is_labelled] = values
         return out
+
+    def with_pairs(self) -> PairFit | None:
+        """The fit with partners, where labels look wrong in pairs."""
+        scale = _typical_spread(self.below)
+        partners = partners_of(self.below.argmax(axis=1), self.labels, self.num_classes) if scale > 0 else None
+        if partners is None:
+            return None
+        octaves = np.arange(_HOTTEST, _COLDEST + 1) * math.log(2) - math.log(scale)
+        return fit_pairs(self.below, self.labels, partners, octaves)
 
     def log_p(self, beta: float) -> _Floats:
         """log softmax(β z)_y, shape (n,)."""

@@ -217,7 +217,7 @@ def noise_found(records: Sequence[Record]) -> str | None:
     known = "" if right is None else f" {1 - right:.0%} are."
     return (
         f"About {shares} of the validation labels look wrong (the noise level that the calibrated loss fits, at the "
-        f"best evaluation of each run; uniform noise is what it sees).{known}"
+        f"best evaluation of each run, of labels wrong at random or in pairs).{known}"
     )
 
 

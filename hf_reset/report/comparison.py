@@ -241,14 +241,17 @@ def _at(curve: Sequence[Sequence[float]], step: int | None) -> float | None:
 
 
 def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
-    """Markdown: AUROC of each method's suspects against the labels that are known to be wrong."""
+    """Markdown: AUROC of each method's suspects against the labels that are known to be wrong.
+
+    A row a method; where there are many settings, a row a setting, and the methods with a figure on most of them.
+    """
     settings = settings_of(records) if settings is None else settings
     arms = [
         arm
         for arm in dict.fromkeys(record["arm"] for record in records)
         if any(_auroc(record) is not None for record in records if record["arm"] == arm)
     ]
-    rows = []
+    rows: list[list[str]] = []
     for arm in arms:
         of_arm = [record for record in records if record["arm"] == arm]
         for key, what in (("suspects_auroc", "row memory"), ("loss_auroc", "loss at best checkpoint")):
@@ -258,7 +261,12 @@ def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = N
             ]
             if any(cell != "–" for cell in cells):
                 rows.append([arm, _ranked_by(of_arm, key, what), *cells])
-    return markdown_table(["method", "ranked by", *settings], rows)
+    if len(settings) <= _MOST_COLUMNS:
+        return markdown_table(["method", "ranked by", *settings], rows)
+    common = [row for row in rows if 2 * sum(cell != "–" for cell in row[2:]) > len(settings)]
+    turned = [[setting, *(row[2 + place] for row in common)] for place, setting in enumerate(settings)]
+    shown = [row for row in turned if any(cell != "–" for cell in row[1:])]
+    return markdown_table(["setting", *(f"{method}, {ranked}" for method, ranked, *_ in common)], shown)
 
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
