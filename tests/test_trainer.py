@@ -71,7 +71,7 @@ def test_no_step_is_skipped_under_a_gradient_scaler(tmp_path):
 
 
 @pytest.mark.parametrize(("every", "accumulation"), [(1, 1), (5, 1), (1, 2), (5, 2)])
-def test_the_logged_loss_of_a_skipped_step_is_the_running_mean_and_never_zero(tmp_path, every, accumulation):
+def test_the_logged_loss_of_a_skipped_step_is_never_zero(tmp_path, every, accumulation):
     trainer, _ = reset_run(
         tmp_path,
         logging_steps=every,
@@ -86,6 +86,32 @@ def test_the_logged_loss_of_a_skipped_step_is_the_running_mean_and_never_zero(tm
     # Three random classes: a mean cross-entropy near log 3, in every window and whatever the accumulation. (For a
     # model whose forward takes **kwargs, Trainer logs the sum over micro-batches: one mean each.)
     assert all(abs(loss / accumulation - math.log(3)) < 0.2 for loss in losses)
+
+
+def test_a_skipped_step_repeats_the_last_loss_however_often_it_is_logged_and_after_a_resume(tmp_path):
+    def run(folder, every, resume=None):
+        trainer, _ = reset_run(tmp_path / folder, logging_steps=every, resume=resume, **saving, **RESET)
+        history = trainer.state.log_history
+        return trainer, [h["loss"] for h in history if "loss" in h], history[-1]["train_loss"]
+
+    saving = {"save_strategy": "no"}
+    trainer, each, mean = run("each", 1)
+    resets = steps_of(trainer.reset_callback.events, "reset")
+    assert resets
+    assert all(each[step] == each[step - 1] for step in resets)
+    assert mean == pytest.approx(sum(each) / 15)
+    step = next(step for step in resets if 4 <= step <= 7)
+    saving = {"save_strategy": "steps", "save_steps": step}
+    _, seldom, again = run("seldom", step)
+    assert seldom == pytest.approx([sum(each[i : i + step]) / step for i in range(0, 15 - step + 1, step)])
+    assert again == pytest.approx(mean)
+    _, resumed, _ = run("seldom", step, resume=str(tmp_path / "seldom" / f"checkpoint-{step}"))
+    assert resumed == seldom
+
+
+def test_without_an_anchor_the_logs_are_the_plain_trainers(tmp_path):
+    trainer, _ = reset_run(tmp_path, reset_probability=0.0, reset_finish="last")
+    assert not any(key.startswith("reset/") for record in trainer.state.log_history for key in record)
 
 
 def test_reset_figures_are_logged_and_reach_the_reporters(tmp_path):

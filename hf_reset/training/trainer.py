@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_wo
 from hf_reset.training.metric import default_metric
 from hf_reset.training.refining import RefiningMixin
 from hf_reset.training.validation import judged_by, row_source
+
+_LAST_LOSS = "StochasticResetLastLoss"  # beside the events in `trainer_state.json`
 
 # What is overridden beyond Trainer's documented methods, and why nothing public would do.
 PRIVATE_HOOKS = {
@@ -61,7 +64,7 @@ class ResetTrainerMixin(RefiningMixin):
           (`reset/anchor`, its metric), sent to the reporters in `report_to` when it happens.
         - Forward and backward are skipped in a step that a full reset discards whole, unless a gradient
           scaler is active, DeepSpeed or FSDP1 runs the step, or the optimizer state is kept. The batch is consumed and
-          the learning rate goes on, the logged loss repeats the running mean, and dropout draws nothing.
+          the learning rate goes on, the logged loss repeats the last one computed, and dropout draws nothing.
         - A row memory of single-label classifiers, from the training forward's own logits, and `suspects()`: see
           `RowMemoryMixin`.
         - `reset_refine` trains suspects towards what was predicted for them; `reset_loss="elr"` and `row_weights`
@@ -77,7 +80,8 @@ class ResetTrainerMixin(RefiningMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._discarded_step: int | None = None
-        self._discarded_loss = torch.tensor(0.0)
+        self._last_loss: Tensor | None = None  # of the last step that was computed, on this rank
+        self._last_loss_step = -1
         self._from_arguments: StochasticResetCallback | None = None  # whose configuration follows the arguments
         self._is_removed = False  # whether the user took the callback away
         if isinstance(self.args, ResetArguments):
@@ -106,6 +110,7 @@ class ResetTrainerMixin(RefiningMixin):
         if getattr(self.args, "reset_advice", True) and not self._has(ResetAdvisorCallback):
             self.add_callback(ResetAdvisorCallback())
         self._make_ready()
+        self._last_loss = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
         if isinstance(resume_from_checkpoint, (str, Path)):
@@ -126,8 +131,10 @@ class ResetTrainerMixin(RefiningMixin):
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
-            return self._running_loss()
-        return super().training_step(model, inputs, *args, **kwargs)
+            return self._repeated_loss()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._note_loss(loss)
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; in training with `ema_decay`, of the average."""
@@ -145,9 +152,10 @@ class ResetTrainerMixin(RefiningMixin):
             super().save_model(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with the reset figures beside the training loss."""
-        if self.reset_callback is not None and ("loss" in logs or "train_loss" in logs):
-            logs.update(self.reset_callback.report(self.state.global_step))
+        """As `Trainer.log`, with the reset figures beside the training loss where an anchor is kept."""
+        callback = self.reset_callback
+        if callback is not None and callback.store is not None and ("loss" in logs or "train_loss" in logs):
+            logs.update(callback.report(self.state.global_step))
         if self._discarded_step == self.state.global_step - 1:
             logs.pop("grad_norm", None)  # there was no gradient: 0 would be a lie
         super().log(logs, *args, **kwargs)
@@ -173,6 +181,9 @@ class ResetTrainerMixin(RefiningMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.reset_callback is not None and self.reset_callback.store is not None and self._last_loss is not None:
+            saved: Any = self.state.stateful_callbacks
+            saved[_LAST_LOSS] = fmean(gathered(float(self._last_loss)))
         if self.reset_callback is not None:
             self.reset_callback.save_anchor(output_dir, self.args, self.state)
 
@@ -253,19 +264,24 @@ class ResetTrainerMixin(RefiningMixin):
             and not callback.store.needs_gradients
         )
 
-    def _running_loss(self) -> Tensor:
-        """What to add to the logged loss for a skipped micro-batch: the mean of the steps since the last log.
-
-        Right after a log, the loss logged then. Both are the same after a resume.
-        """
+    def _note_loss(self, loss: Tensor) -> None:
+        """Add up what a step's micro-batches count for in the logged loss."""
         step = self.state.global_step
-        if self._discarded_step != step:  # once a step, whatever the accumulation
-            since = step - self._globalstep_last_logged
+        so_far = self._last_loss if self._last_loss_step == step else None
+        self._last_loss_step = step
+        self._last_loss = loss.detach().clone() if so_far is None else so_far + loss.detach()
+
+    def _repeated_loss(self) -> Tensor:
+        """What to add to the logged loss for a skipped micro-batch: the last step's that was computed.
+
+        So it does not matter how often the loss is logged, nor where a run was resumed.
+        """
+        if self._last_loss is None:
             logged = (record["loss"] for record in reversed(self.state.log_history) if "loss" in record)
-            device = self._tr_loss.device
-            mean = self._tr_loss / since if since > 0 else torch.tensor(next(logged, 0.0), device=device)
-            self._discarded_step, self._discarded_loss = step, mean.detach().clone()
-        return self._discarded_loss / max(1, self.current_gradient_accumulation_steps)
+            kept: Any = (self.state.stateful_callbacks or {}).get(_LAST_LOSS)
+            self._last_loss = torch.tensor(next(logged, 0.0) if kept is None else kept, device=self._tr_loss.device)
+        self._discarded_step = self.state.global_step
+        return self._last_loss / max(1, self.current_gradient_accumulation_steps)
 
 
 class ResetTrainer(ResetTrainerMixin, Trainer):
