@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TRAIN, VALIDATION, Recorder, arguments, bert, callback, equal, reset_run, steps_of, weights
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_reset import (
     ResetArguments,
@@ -57,6 +57,17 @@ def test_no_step_is_skipped_whose_gradients_matter(tmp_path, settings):
     forwards = count_forwards(model)
     reset_run(tmp_path, model=model, **{**RESET, **settings})
     assert forwards() == 15
+
+
+def test_a_skipped_step_leaves_the_model_in_training_mode(tmp_path):
+    class Modes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            modes.append(kwargs["model"].training)
+
+    modes = []
+    trainer, _ = reset_run(tmp_path, callbacks=[Modes()], eval_steps=1, **RESET)
+    assert steps_of(trainer.reset_callback.events, "reset")
+    assert modes == [True] * 15
 
 
 def test_no_step_is_skipped_under_a_gradient_scaler(tmp_path):
@@ -115,8 +126,6 @@ def test_without_an_anchor_the_logs_are_the_plain_trainers(tmp_path):
 
 
 def test_reset_figures_are_logged_and_reach_the_reporters(tmp_path):
-    from transformers import TrainerCallback
-
     class Reporter(TrainerCallback):
         """Sees what TensorBoard and W&B see."""
 

@@ -131,6 +131,7 @@ class ResetTrainerMixin(RefiningMixin):
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch, or neither where a reset discards the whole step."""
         if self._discards_step():
+            model.train()  # as any step does after an evaluation; TRL logs by it
             return self._repeated_loss()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._note_loss(loss)
@@ -278,7 +279,8 @@ class ResetTrainerMixin(RefiningMixin):
         """
         if self._last_loss is None:
             logged = (record["loss"] for record in reversed(self.state.log_history) if "loss" in record)
-            kept: Any = (self.state.stateful_callbacks or {}).get(_LAST_LOSS)
+            saved: Any = self.state.stateful_callbacks
+            kept = (saved or {}).get(_LAST_LOSS)
             self._last_loss = torch.tensor(next(logged, 0.0) if kept is None else kept, device=self._tr_loss.device)
         self._discarded_step = self.state.global_step
         return self._last_loss / max(1, self.current_gradient_accumulation_steps)
