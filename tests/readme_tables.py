@@ -8,7 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 from hf_reset.report import classification, instructions, paper
-from hf_reset.report.comparison import cells_table, choices_table, comparison_table, settings_of, suspects_table
+from hf_reset.report.comparison import (
+    cells_table,
+    choices_table,
+    comparison_table,
+    headline_table,
+    settings_of,
+    suspects_table,
+)
 from hf_reset.report.results import read_results
 from hf_reset.report.tables import markdown_table, summary_table
 from hf_reset.study.comparison import read_records
@@ -29,6 +36,9 @@ STUDY = {
     "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
     "comparison_other": lambda records: comparison_table(records, [s for s in settings_of(records) if not is_noisy(s)]),
     "comparison_cells": cells_table,
+    "headline": lambda records: headline_table(
+        records, [s for s in settings_of(records) if is_noisy(s)], ["reset + refine", "reset + refine + ema"]
+    ),
     "choices": choices_table,
     "suspects": suspects_table,
 }

@@ -16,6 +16,7 @@ from hf_reset.report.comparison import (
     choices_table,
     comparison_table,
     difference,
+    headline_table,
     line,
     lines_of,
     suspects_table,
@@ -163,6 +164,18 @@ def test_cells_stand_a_row_a_setting():
     assert "| a | 2 | 0.800 ± 0.000 | 0.890" in cells_table(RECORDS, ["reset"])
     rare = [*RECORDS, record("a", "rare", 0, loss=0.7, accuracy=0.7)]
     assert "rare" not in cells_table(rare)  # of one setting in two
+
+
+def test_the_headline_is_of_the_settings_that_all_have():
+    records = [*RECORDS, record("c", "plain", 0, last=0.1, loss=0.1, accuracy=0.1, calibrated=0.1)]
+    lines = headline_table(records, ["a", "b", "c"], ["reset"]).splitlines()
+    assert "mean of 2 columns" in lines[0]
+    assert lines[2].startswith("| plain, last step | 55.0 % | -15.0 (")
+    assert lines[3] == "| plain, best checkpoint | 70.0 % | – | – | – |"
+    assert lines[4].startswith("| reset | 74.0 % | +4.0 (")
+    assert lines[4].endswith("| -1.0 | 1 / 0 / 1 |")
+    with pytest.raises(DataError, match="there is no setting that"):
+        headline_table(records, ["c"], ["reset"])
 
 
 def test_many_settings_are_left_to_the_table_of_cells():

@@ -178,6 +178,36 @@ def comparison_table(records: Sequence[Record], settings: Sequence[str] | None =
     return markdown_table(headings, rows)
 
 
+def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Sequence[str]) -> str:
+    """Markdown: plain training's last weights, the best checkpoint, and some methods, on the settings all of them have.
+
+    Args:
+        records: of the study.
+        settings: those to take in.
+        arms: the methods, by name.
+    """
+    baseline = baseline_of(records)
+    named = {one.arm: one for one in lines_of(records) if one.arm != "plain"}
+    lines = [("plain, last step", line(records, "plain", "last")), ("plain, best checkpoint", baseline)]
+    lines += [(arm, named[arm]) for arm in arms if arm in named]
+    shared = [setting for setting in settings if all(setting in one.cells for _, one in lines)]
+    if not shared:
+        raise DataError(f"there is no setting that {', '.join(name for name, _ in lines)} all have a record on.")
+    rows = []
+    for name, one in lines:
+        gap = difference(one, baseline, shared)
+        mean = statistics.fmean(one.mean(setting) for setting in shared)
+        told = ["–", "–", "–"]
+        if gap is not None and one is not baseline:
+            counts = f"{gap.wins} / {gap.ties} / {gap.losses}"
+            told = [f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})", f"{gap.worst:+.1f}", counts]
+        rows.append([name, f"{100 * mean:.1f} %", *told])
+    heading = f"clean test accuracy, mean of {len(shared)} columns"
+    return markdown_table(
+        ["", heading, "points to the best checkpoint (95 %)", "worst column", "won / tied / lost"], rows
+    )
+
+
 def cells_table(records: Sequence[Record], arms: Sequence[str] | None = None) -> str:
     """Markdown: a row a setting, a column a method, mean ± sample standard deviation over the seeds.
 

@@ -9,6 +9,8 @@ import torch
 from engines import GLOBAL_BATCH, trainer_for
 from worker import Weights, fsdp1_on_cpu, fsdp_on_cpu, raised, run_checks, whole
 
+from hf_reset import RefinementConfig, ResetTrainer
+
 LOSSES = {"plain": {}, "elr": {"reset_loss": "elr"}}
 # Sampling and resets as in one process; evaluations amid epochs of eight steps, and a save before one ends.
 SETTINGS = {
@@ -37,7 +39,9 @@ def remembered(mode, loss, folder: Path):
 def resumed(mode, folder: Path):
     """All of it, with dropout, whole and taken up amid an epoch and between two judgements."""
     found = {}
-    settings = {**SETTINGS, "max_steps": 40, "reset_loss": "elr", "reset_refine": "soft"}
+    # Where two labels in three are said to be wrong, a model of a few steps is trusted over them.
+    cls = partial(ResetTrainer, refinement=RefinementConfig(mode="soft", noise_rate=0.65))
+    settings = {**SETTINGS, "max_steps": 40, "reset_loss": "elr", "cls": cls}
     for name, checkpoint in (("whole", None), ("again", str(folder / "whole" / "checkpoint-36"))):
         trainer = trainer_for(folder / name, mode, **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -50,7 +54,7 @@ def refused(folder: Path):
     from tiny import TRAIN, VALIDATION, arguments, bert
     from worker import fresh_state
 
-    from hf_reset import ResetTrainer, ResetTrainingArguments
+    from hf_reset import ResetTrainingArguments
 
     fresh_state()
     trainer = ResetTrainer(
