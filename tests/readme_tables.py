@@ -57,6 +57,8 @@ def table(name: str) -> str:
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"
         return paper.table(study, json.loads(path.read_text(encoding="utf-8"))["records"])
+    if name == "racing":
+        return _racing(json.loads((RESULTS / "studies" / "racing.json").read_text(encoding="utf-8"))["records"])
     path = RESULTS / f"{name}.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":
@@ -96,6 +98,31 @@ def _overhead(result: dict) -> str:
     ]
     heading = ["scope", "anchor, of the weights' bytes (with optimizer state)", "snapshot, in steps", "reset, in steps"]
     return f"{steps}\n\n{markdown_table(heading, rows)}"
+
+
+def _racing(records: list[dict]) -> str:
+    rows = [
+        [
+            record["setting"],
+            f"{record['evaluations']} ({record['put_back']}), {record['new_anchors']:.0f}",
+            f"{record['median_margin']:+.1f}",
+            f"{record['agreed']} of {record['clear']}",
+            f"{record['factor']:.1f}",
+            f"{record['factor_clearly_worse']:.1f}",
+            f"{record['last_anchor']:.4f} ({record['best']:.4f})",
+        ]
+        for record in records
+    ]
+    heading = [
+        "setting",
+        "evaluations (put back), new anchors",
+        "median margin",
+        "decided as in full",
+        "fewer rows",
+        "fewer rows, clearly worse",
+        "last anchor's loss (best of the run)",
+    ]
+    return markdown_table(heading, rows)
 
 
 def _survival(result: dict) -> str:

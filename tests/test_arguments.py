@@ -18,6 +18,9 @@ def test_each_field_of_the_config_is_there_with_its_default():
         "reset_loss_options": None,
         "reset_row_memory": None,
         "reset_refine": "off",
+        "reset_evaluation": "full",
+        "reset_full_evaluation_every": 20,
+        "reset_evaluation_at": "schedule",
     }
     assert ours == config | others
     assert all(f.metadata["help"] for f in fields(ResetArguments))

@@ -36,6 +36,17 @@ def test_excursions_of_a_run_with_resets():
     ]
 
 
+def test_a_lost_race_is_an_evaluation_without_a_new_best():
+    log = [
+        evaluation(10, 2.0),
+        {"step": 20, "eval_race_lost": 1},
+        {"step": 30, "eval_race_lost": 1},
+        evaluation(50, 1.9),
+    ]
+    assert excursions_of(log) == [Excursion(10, (10, 20, 40), True)]
+    assert excursions.evaluation_interval(log) == 10
+
+
 def test_direction_and_margin():
     log = [{"step": 10 * k, "eval_f1": v} for k, v in enumerate([0.1, 0.2, 0.25, 0.4], start=1)]
     found = excursions_of(log, metric="eval_f1", greater_is_better=True, min_delta=0.07)

@@ -67,7 +67,7 @@ def test_a_resume_has_the_rows_and_goes_on_bit_for_bit(whole):
         assert resumed.reset_callback.reset_state == trainer.reset_callback.reset_state
         assert equal(again.after_step[160], recorder.after_step[160])
         np.testing.assert_array_equal(
-            resumed.reset_callback._run.evidence.anchor, trainer.reset_callback._run.evidence.anchor
+            resumed.reset_callback.run.evidence.anchor, trainer.reset_callback.run.evidence.anchor
         )
 
 
@@ -99,7 +99,7 @@ def test_the_plain_callback_takes_the_rows_of_the_metric(tmp_path):
 def test_other_metrics_get_the_evidence_without_a_word_in_the_logs(tmp_path):
     trainer, _ = run(tmp_path, reset_metric=None, max_steps=16)
     assert isinstance(trainer.compute_metrics, CalibratedMetrics)
-    assert trainer.reset_callback._run.evidence.anchor.shape == (200,)
+    assert trainer.reset_callback.run.evidence.anchor.shape == (200,)
     assert not any("eval_calibrated_loss" in record for record in trainer.state.log_history)
 
 

@@ -1,7 +1,8 @@
 """Measures of a classifier under label noise: as functions of arrays, and as `evaluate.Metric` modules.
 
 `functions` (accuracy, macro-F1, label memory), `calibrated` (the validation loss that noise cannot fool) and
-`evaluation` (the `compute_metrics` that adds it), `modules` (the functions for `evaluate`).
+`evaluation` (the `compute_metrics` that adds it), `sequential` (whether one mean is above another, told before all rows
+are met), `modules` (the functions for `evaluate`).
 
 The functions need numpy only; `evaluate` is imported when one of the modules is first asked for.
 """

@@ -65,6 +65,8 @@ class CalibratedMetrics:
         self._kept: list[tuple[np.ndarray, np.ndarray]] = []
         self._rows: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._has_warned = False
+        self.keeps_last = False  # for races: whether `last` is kept
+        self.last: tuple[NDArray[Any], NDArray[Any]] | None = None  # logits and labels of the last evaluation
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """Return the metrics; `compute_result`: None for a whole evaluation, else whether this batch is the last."""
@@ -76,6 +78,7 @@ class CalibratedMetrics:
         self._kept.clear()
         self.latest = found = calibrated_loss(logits, labels)
         self._rows = found.rows, _frequency_rows(labels)
+        self.last = (logits, labels) if self.keeps_last else None
         if not self.adds_metrics:
             return metrics
         self._warn(found, labels)
@@ -89,6 +92,10 @@ class CalibratedMetrics:
         """
         rows, self._rows = self._rows, None
         return rows
+
+    def leave(self, rows: NDArray[np.float64], baseline: NDArray[np.float64], fit: CalibratedLoss) -> None:
+        """Have `take_rows` and `latest` say this: of an evaluation not carried to the end, or not carried out."""
+        self._rows, self.latest = (rows, baseline), fit
 
     def _own(self, prediction: EvalPrediction, compute_result: bool | None) -> dict[str, float]:
         if self.compute_metrics is None:

@@ -19,6 +19,9 @@ from hf_reset.errors import DataError
 
 EVENTS = "StochasticResetCallback.events"  # among the `stateful_callbacks` of a `trainer_state.json`; no class's name
 
+LOST = "eval_race_lost"
+"""Among the results of an evaluation that was a race against the anchor (`hf_reset.training.racing`): 1 where it was
+lost, and then there are no figures of all rows; 0 where it went to the end."""
 
 Entry: TypeAlias = Mapping[str, Any]
 """One record of a Trainer's log history."""
@@ -67,6 +70,8 @@ def excursions_of(
     for record in log_history:
         if isinstance(record.get(metric), (int, float)) and isinstance(record.get("step"), int):
             values.setdefault(record["step"], float(record[metric]))
+        elif record.get(LOST) and values:
+            values.setdefault(record["step"], math.nan)  # no better than the best, by how much is not known
     if not values:
         seen = sorted({name for record in log_history for name in record if str(name).startswith("eval_")})
         remedy = f"It has {', '.join(seen)}: name one as `metric`." if seen else "Train with `eval_strategy` set."
@@ -105,7 +110,8 @@ def metric_of(log_history: Sequence[Entry]) -> str:
 
 def evaluation_interval(log_history: Sequence[Entry], metric: str = "eval_loss") -> int:
     """The usual number of steps between two evaluations in a log history: their median, at least 1."""
-    steps = sorted({int(record["step"]) for record in log_history if metric in record and "step" in record})
+    evaluations = [record for record in log_history if metric in record or record.get(LOST)]
+    steps = sorted({int(record["step"]) for record in evaluations if "step" in record})
     gaps = np.diff([0, *steps]) if len(steps) < 2 else np.diff(steps)
     return max(1, int(np.median(gaps))) if len(gaps) else 1
 

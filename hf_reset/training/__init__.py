@@ -9,6 +9,7 @@
 * `rows`: row numbers through the Trainer's data loaders, and out of each batch before the model; `memory`:
   what is remembered of them, and the suspects among them; `refining` and `responses`: losses of rows, weights, and
   corrected targets;
+* `racing`: evaluations as races against the anchor, which end once clearly lost; `raceable`: where they can be;
 * `ema`: a moving average of the weights, swapped in where the Trainer evaluates and saves;
 * `best_weights`: the best evaluated weights of any run, kept in memory.
 """

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from hf_reset.errors import ConfigError
+from hf_reset.errors import ConfigError, refuse_below_one
 from hf_reset.losses.by_name import LOSSES, named_loss
 from hf_reset.losses.memory import REMEMBERING_LOSSES, named_remembering_loss
 from hf_reset.policy import ResetConfig
@@ -102,6 +102,21 @@ class ResetArguments:
             "(drop), or a mixture (mix)."
         },
     )
+    reset_evaluation: Literal["full", "paired"] = field(
+        default="full",
+        metadata={
+            "help": "What a scheduled evaluation is: of all rows (full), or a race against the anchor's rows that ends "
+            "once it is clearly lost (paired). Then weights that a reset has just put back are not evaluated again."
+        },
+    )
+    reset_full_evaluation_every: int = field(
+        default=20,
+        metadata={"help": "Of so many evaluations in a row one at least is of all rows, under paired evaluation."},
+    )
+    reset_evaluation_at: Literal["schedule", "excursion"] = field(
+        default="schedule",
+        metadata={"help": "Once resets have begun: evaluate as eval_strategy says, or where excursions end."},
+    )
     reset_row_memory: bool | None = field(
         default=None,
         metadata={
@@ -122,6 +137,13 @@ class ResetArguments:
         self._check_loss()
         if self.reset_refine not in MODES:
             raise ConfigError(f"`reset_refine` must be one of {', '.join(MODES)}, got {self.reset_refine!r}.")
+        for name, known in (
+            ("reset_evaluation", ("full", "paired")),
+            ("reset_evaluation_at", ("schedule", "excursion")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        refuse_below_one(reset_full_evaluation_every=self.reset_full_evaluation_every)
 
     def reset_config(self) -> ResetConfig:
         """The configuration that these fields describe.

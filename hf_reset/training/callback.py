@@ -98,7 +98,7 @@ class StochasticResetCallback(TrainerCallback):
         self.average: Average | None = None  # in training, under `ema_decay`
         self.can_average = False  # whether the Trainer swaps it in where it evaluates and saves: ResetTrainer does
         self.reset_state = ResetState()
-        self._run: Run | None = None  # the last one, also when it has ended
+        self.run: Run | None = None  # the call of `train()`, also when it has ended
 
     # What the Trainer calls.
 
@@ -127,7 +127,7 @@ class StochasticResetCallback(TrainerCallback):
             progress = resume.take_up(directory, self.store, self._progress(run, args), args, state)
             self.reset_state, self.events, run.evidence = progress.state, progress.events, progress.evidence
             resume.take_up_average(directory, self.average, args, state)
-        self._run = run
+        self.run = run
 
     def on_evaluate(
         self,
@@ -138,7 +138,7 @@ class StochasticResetCallback(TrainerCallback):
         **kwargs: Unpack[HookKeywords],
     ) -> None:
         """Take one evaluation in, if it is one by which weights may be chosen."""
-        run = self._run
+        run = self.run
         rows = None if self.rows is None else self.rows.take_rows()  # also from an evaluation of the user's
         if run is None or run.ended or metrics is None:
             return
@@ -150,7 +150,7 @@ class StochasticResetCallback(TrainerCallback):
         if value is None or state.global_step == run.observed_step:
             return
         run.observed_step = state.global_step
-        if self._is_at_anchor(state):
+        if self.is_at_anchor(state.global_step):
             pass_over_once(kwargs.get("lr_scheduler"))
         was_armed = self.reset_state.armed
         moved, margin = self._observe(value, rows, run, state.global_step)
@@ -165,16 +165,16 @@ class StochasticResetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Remember whether the Trainer's own evaluation is due, while somebody evaluates."""
-        if self._run is not None:
-            self._run.is_due = control.should_evaluate and self._run.chooses
+        if self.run is not None:
+            self.run.is_due = control.should_evaluate and self.run.chooses
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Say it if the evaluations before this step all lacked the metric."""
-        if self._run is not None:
-            self._run.refuse_unseen_metric()
-            self._run.begin_step()
+        if self.run is not None:
+            self.run.refuse_unseen_metric()
+            self.run.begin_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -186,8 +186,8 @@ class StochasticResetCallback(TrainerCallback):
             self.store.restore()
             self.reset_state = self.reset_state.after_reset(state.global_step)
             self.record(state, "reset", distance)
-            if self._run is not None:
-                self._run.evidence = self._run.evidence.left()
+            if self.run is not None:
+                self.run.evidence = self.run.evidence.left()
             if self.average is not None:
                 self.average.follow()
         elif self.average is not None:
@@ -195,7 +195,7 @@ class StochasticResetCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write the anchor into the checkpoint, unless `ResetTrainer` has done so already."""
-        if args.save_only_model or self._run is None or self._run.saved_step == state.global_step:
+        if args.save_only_model or self.run is None or self.run.saved_step == state.global_step:
             return
         if (directory := resume.saved_into(args, state, self.store)) is not None:
             self.save_anchor(directory, args, state)
@@ -204,7 +204,7 @@ class StochasticResetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Leave the anchor's weights in the model, unless Trainer has loaded its best checkpoint, and sum up."""
-        run = self._run
+        run = self.run
         if run is None:
             return
         run.refuse_unseen_metric()
@@ -227,9 +227,14 @@ class StochasticResetCallback(TrainerCallback):
 
     def resets_at(self, step: int) -> bool:
         """Whether optimizer step `step` (`state.global_step` inside the step) ends in a reset, as things stand."""
-        if self._run is None or self._run.ended or self.store is None or not self.store.is_set:
+        if self.run is None or self.run.ended or self.store is None or not self.store.is_set:
             return False
-        return decide(self.config, self.reset_state, step, seed=self._run.seed)
+        return decide(self.config, self.reset_state, step, seed=self.run.seed)
+
+    def is_at_anchor(self, step: int) -> bool:
+        """Whether the weights after `step` steps are the anchor's: the last one ended in a reset of all of them."""
+        is_full = self.store is not None and self.store.is_full
+        return is_full and self.reset_state.last_reset_step == step - 1
 
     def report(self, step: int) -> dict[str, float]:
         """What to log after `step` steps: how many resets, and where the anchor is."""
@@ -242,8 +247,8 @@ class StochasticResetCallback(TrainerCallback):
             report["reset/anchor_metric"] = self.reset_state.anchor_metric
         if self.reset_state.worse is not None:
             report["reset/margin"] = self.reset_state.worse
-        if self._run is not None:
-            gain = narration.gain(self.reset_state, self._run.watch, self.events)
+        if self.run is not None:
+            gain = narration.gain(self.reset_state, self.run.watch, self.events)
             report |= {} if gain is None else {"reset/gain": gain}
         if resets:
             report["reset/distance"] = resets[-1]["distance"]
@@ -252,11 +257,11 @@ class StochasticResetCallback(TrainerCallback):
 
     def save_anchor(self, directory: str | Path, args: TrainingArguments, state: TrainerState) -> None:
         """Write the anchor and what has happened so far into a checkpoint directory, whole or not at all."""
-        if self._run is not None:
-            self._run.saved_step = state.global_step
+        if self.run is not None:
+            self.run.saved_step = state.global_step
             if self.events:
-                resume.save_progress(directory, self.store, self._progress(self._run, args), args)
-            if self.average is not None and not self._run.ended:
+                resume.save_progress(directory, self.store, self._progress(self.run, args), args)
+            if self.average is not None and not self.run.ended:
                 resume.save_average(directory, self.average, args)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -304,11 +309,6 @@ class StochasticResetCallback(TrainerCallback):
             run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
             self.reset_state = replace(self.reset_state, learned=run.evidence.learned)
         return moved, margins.worse
-
-    def _is_at_anchor(self, state: TrainerState) -> bool:
-        """Whether the live weights are the anchor's: the last step ended in a reset of all of them."""
-        is_full = self.store is not None and self.store.is_full
-        return is_full and self.reset_state.last_reset_step == state.global_step - 1
 
     def _move_anchor(self, run: Run, state: TrainerState, live: HookKeywords, margin: float | None) -> None:
         distance = None

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_reset.metrics.calibrated import CalibratedLoss
+
 _Rows: TypeAlias = NDArray[np.float64]
 
 LossRows: TypeAlias = tuple[_Rows, _Rows]
@@ -49,18 +51,50 @@ class Margins:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a race against the anchor needs of it (`hf_reset.training.racing`), and what answers for it.
+
+    Attributes:
+        rows: its rows' losses, by the metric that chooses, shape (N,); NaN where a row has no label.
+        labels: shape (N,).
+        metrics: the numbers that its evaluation gave, by name.
+        fit: what the calibrated loss found there.
+    """
+
+    rows: _Rows
+    labels: NDArray[np.int64]
+    metrics: dict[str, float]
+    fit: CalibratedLoss
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        fit = {**vars(self.fit), "rows": self.fit.rows.tolist()}
+        return {"rows": self.rows.tolist(), "labels": self.labels.tolist(), "metrics": self.metrics, "fit": fit}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Reference:
+        """What `as_json` gave."""
+        fit = CalibratedLoss(**{**values["fit"], "rows": np.array(values["fit"]["rows"])})
+        labels = np.array(values["labels"], np.int64)
+        return cls(np.array(values["rows"]), labels, values["metrics"], fit)
+
+
+@dataclass(frozen=True)
 class RowEvidence:
     """The anchor's validation rows, and those of the evaluations since.
 
     Attributes:
         anchor: the rows' losses at the anchor, shape (N,); None before the first.
         baseline: those of the labels' frequencies, shape (N,).
-        recent: of the last evaluations since the anchor, oldest first, `EVALUATIONS` - 1 of them.
+        recent: of the last evaluations since the anchor, oldest first, `EVALUATIONS` - 1 of them; NaN in rows that a
+            race did not come to.
+        reference: of the anchor, where evaluations are races against it.
     """
 
     anchor: _Rows | None = None
     baseline: _Rows | None = None
     recent: tuple[_Rows, ...] = field(default=())
+    reference: Reference | None = None
 
     @property
     def learned(self) -> float | None:
@@ -71,7 +105,7 @@ class RowEvidence:
         """What an evaluation with these rows says of itself and of the anchor."""
         if self.anchor is None or self.anchor.shape != rows.shape:
             return Margins()  # no anchor yet, or the evaluation set is another one now
-        worse = paired_margin(np.mean([*self.recent, rows], axis=0), self.anchor)
+        worse = paired_margin(_mean_of_known([*self.recent, rows]), self.anchor)
         return Margins(0.0 if worse is None else worse, self.learned)  # None: weights just put back, no worse
 
     def seen(self, rows: _Rows) -> RowEvidence:
@@ -92,13 +126,23 @@ class RowEvidence:
             "anchor": None if self.anchor is None else self.anchor.tolist(),
             "baseline": None if self.baseline is None else self.baseline.tolist(),
             "recent": [rows.tolist() for rows in self.recent],
+            "reference": None if self.reference is None else self.reference.as_json(),
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RowEvidence:
         """What `as_json` gave."""
         anchor, baseline = (None if values[key] is None else np.array(values[key]) for key in ("anchor", "baseline"))
-        return cls(anchor, baseline, tuple(np.array(rows) for rows in values["recent"]))
+        known = values.get("reference")  # a checkpoint of before races has none
+        reference = None if known is None else Reference.from_json(known)
+        return cls(anchor, baseline, tuple(np.array(rows) for rows in values["recent"]), reference)
+
+
+def _mean_of_known(evaluations: list[_Rows]) -> _Rows:
+    """Each row's mean over the evaluations that came to it, NaN where none did."""
+    values = np.array(evaluations)
+    count = (~np.isnan(values)).sum(axis=0)
+    return np.divide(np.nansum(values, axis=0), count, out=np.full(values.shape[1], np.nan), where=count > 0)
 
 
 def paired_margin(above: _Rows, below: _Rows) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -11,6 +12,7 @@ from transformers.optimization import GreedyLR
 
 from hf_reset.config import ResetConfig
 from hf_reset.errors import MetricError
+from hf_reset.planner.excursions import LOST
 from hf_reset.training.evidence import RowEvidence
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.parameters import TrainedParameters
@@ -57,8 +59,12 @@ class Run:
     def value_in(self, metrics: dict[str, float], args: TrainingArguments) -> float | None:
         """The metric of an evaluation, the same on every rank; None where it has none.
 
-        In the plain Trainer's run nothing is agreed on, and nothing about the metric is an error.
+        In the plain Trainer's run nothing is agreed on, and nothing about the metric is an error. A race that was lost
+        has no value of the metric: NaN, which is never a best.
         """
+        if metrics.get(LOST):
+            self.seen = True
+            return math.nan
         if not self.chooses:
             with contextlib.suppress(MetricError):
                 return self.watch.value_in(metrics)

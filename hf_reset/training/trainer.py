@@ -22,7 +22,7 @@ from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.callback import StochasticResetCallback
 from hf_reset.training.checkpoints import last_whole_checkpoint, refuse_other_world_size
 from hf_reset.training.metric import default_metric
-from hf_reset.training.refining import RefiningMixin
+from hf_reset.training.racing import RacingMixin
 from hf_reset.training.validation import judged_by, row_source
 
 _LAST_LOSS = "StochasticResetLastLoss"  # beside the events in `trainer_state.json`
@@ -33,7 +33,10 @@ PRIVATE_HOOKS = {
     "_run_epoch": "a run resumed from its very last step would take one step more; rows are shared after an epoch",
     "_get_dataloader": "all loaders come through it, and only there is the sampler made apart from the data set",
     "_prepare_for_training": "the last call before the first step that is told the checkpoint, where rows are refused",
-    "_evaluate": "rows are shared after an evaluation amid training, when callbacks have judged it",
+    "_evaluate": "rows are shared after an evaluation amid training, when callbacks have judged it; and only what the "
+    "schedule asks for comes through it, which alone may be a race",
+    "_get_eval_sampler": "a race meets the rows in an order of its own",
+    "_determine_best_metric": "a lost race has no metric, and is no best",
     "_save_checkpoint": "a directory written before must not pass for whole while it is written again; and FSDP and "
     "DeepSpeed save weights outside `save_model`, which must be the average's too",
     "_save_rng_state": "the last call on every rank before `trainer_state.json`, which seals a checkpoint",
@@ -41,7 +44,7 @@ PRIVATE_HOOKS = {
 }
 
 
-class ResetTrainerMixin(RefiningMixin):
+class ResetTrainerMixin(RacingMixin):
     """Put in front of any Trainer: `class ResetSFTTrainer(ResetTrainerMixin, SFTTrainer): pass`.
 
     The configuration comes from the `reset_*` fields of the arguments (`ResetTrainingArguments`, or
@@ -67,6 +70,9 @@ class ResetTrainerMixin(RefiningMixin):
           the learning rate goes on, the logged loss repeats the last one computed, and dropout draws nothing.
         - A row memory of single-label classifiers, from the training forward's own logits, and `suspects()`: see
           `RowMemoryMixin`.
+        - `reset_evaluation="paired"`: scheduled evaluations are races against the anchor, which end as soon as they are
+          clearly lost; see `hf_reset.training.racing`. `reset_evaluation_at="excursion"`: once resets have begun,
+          they take place where excursions end.
         - `reset_refine` trains suspects towards what was predicted for them; `reset_loss="elr"` and `row_weights`
           know rows too: see `RefiningMixin`.
 
@@ -223,8 +229,10 @@ class ResetTrainerMixin(RefiningMixin):
             return
         if callback is self._from_arguments and self.refinement_config.mode != "off":
             callback.config = judged_by(self, callback.config)
-        if callback.rows is None:
-            callback.rows = row_source(self, callback.config, judges_rows=self.refinement_config.mode != "off")
+        races = getattr(self.args, "reset_evaluation", "full") == "paired"
+        if callback.rows is None or races:
+            judges = self.refinement_config.mode != "off"
+            callback.rows = row_source(self, callback.config, judges_rows=judges, races=races) or callback.rows
         callback.default_metric = default_metric(self.eval_dataset)
         callback.can_average = True
         callback.listener = self._report

@@ -18,16 +18,19 @@ CALIBRATED = METRIC_NAMES[0]
 _LABELS = ("labels", "label", "label_ids")
 
 
-def row_source(trainer: Trainer, config: ResetConfig, *, judges_rows: bool = False) -> RowSource | None:
+def row_source(
+    trainer: Trainer, config: ResetConfig, *, judges_rows: bool = False, races: bool = False
+) -> RowSource | None:
     """Have the Trainer's evaluations leave the losses of their rows behind, where something asks for them.
 
     `config.metric` "calibrated_loss" puts `with_calibrated_loss` around `compute_metrics`. Resets that begin on
-    evidence, and refinement, do the same for single-label classifiers, but add nothing to the metrics then.
+    evidence, refinement, and races do the same for single-label classifiers, but add nothing to the metrics then.
 
     Args:
         trainer: its `compute_metrics` is wrapped.
         config: what asks.
         judges_rows: whether refinement asks too.
+        races: whether evaluations are to be races against the anchor.
 
     Returns:
         What hands the rows over; None where nobody asks, or there are none to be had.
@@ -43,11 +46,13 @@ def row_source(trainer: Trainer, config: ResetConfig, *, judges_rows: bool = Fal
             'False, or choose anchors by "eval_loss".'
         )
     if isinstance(own, CalibratedMetrics):
+        own.keeps_last = races
         return own
-    asked = judges_rows or (config.can_reset and config.patience is None)
-    if not by_name and not (asked and _has_class_rows(trainer)):
+    asked = judges_rows or races or (config.can_reset and config.patience is None)
+    if not by_name and not (asked and has_class_rows(trainer)):
         return None
     source = CalibratedMetrics(own, adds_metrics=by_name)
+    source.keeps_last = races
     trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
     return source
 
@@ -59,10 +64,10 @@ def judged_by(trainer: Trainer, config: ResetConfig) -> ResetConfig:
     then (recipes/studies/README.md has the figures). Only single-label classifiers have a calibrated loss.
     """
     is_named = config.metric is not None or trainer.args.metric_for_best_model is not None
-    return config if is_named or not _has_class_rows(trainer) else replace(config, metric=f"eval_{CALIBRATED}")
+    return config if is_named or not has_class_rows(trainer) else replace(config, metric=f"eval_{CALIBRATED}")
 
 
-def _has_class_rows(trainer: Trainer) -> bool:
+def has_class_rows(trainer: Trainer) -> bool:
     """Whether evaluations give one row of logits and one class number an example, as far as can be told before."""
     if trainer.args.prediction_loss_only or trainer.args.batch_eval_metrics or trainer.eval_dataset is None:
         return False

@@ -1,9 +1,9 @@
-"""In two processes validation figures and row memories are those of one: padding does not count, and no row is lost."""
+"""In two processes figures, races and row memories are those of one: padding does not count, and no row is lost."""
 
 import pytest
 import torch
 from launch import HERE, launch, results
-from validation import calibrated, remembered
+from validation import calibrated, raced, remembered
 
 pytestmark = pytest.mark.distributed
 
@@ -20,6 +20,13 @@ def test_calibrated_loss_leaves_padding_out(ranks, tmp_path):
         for way in ("whole", "batches"):
             for name in ("eval_calibrated_loss", "eval_label_noise", "eval_temperature"):
                 assert rank["calibrated"][way][name] == pytest.approx(alone[way][name], rel=1e-4), (way, name)
+
+
+def test_races_are_decided_alike(ranks, tmp_path):
+    alone = raced(tmp_path)
+    assert sum(lost == 1 for *_, lost in alone["told"]) >= 2
+    for rank in ranks:
+        assert rank["raced"] == alone
 
 
 def test_row_memory_is_equal_to_the_last_bit(ranks, tmp_path):

@@ -1,12 +1,16 @@
-"""Run by test_validation.py: what an evaluation gives on each rank, and what a row memory keeps."""
+"""Run by test_validation.py: what an evaluation gives on each rank, what races decide, and what a row memory keeps."""
 
+import os
 from pathlib import Path
 
+import test_racing
 import tiny
 import torch
+from engines import GLOBAL_BATCH
 from transformers import Trainer
-from worker import RANK, run_checks
+from worker import RANK, fresh_state, run_checks
 
+from hf_reset import ResetTrainer, ResetTrainingArguments
 from hf_reset.anchor.ranks import gathered, world_size
 from hf_reset.metrics import with_calibrated_loss
 from hf_reset.rows import RowMemory
@@ -22,6 +26,24 @@ def evaluated(folder: Path, **options):
 def calibrated(folder: Path):
     """The whole evaluation at once, and batch by batch."""
     return {"whole": evaluated(folder), "batches": evaluated(folder, batch_eval_metrics=True)}
+
+
+def raced(folder: Path):
+    """What became of each evaluation of a run, in races over 123 rows: the last block fills no rank's batch."""
+    fresh_state()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = {"per_device_train_batch_size": 8 // world, "per_device_eval_batch_size": 10 // world}
+    settings = {**test_racing.SETTINGS, **GLOBAL_BATCH, **sizes, "max_steps": 40}
+    trainer = ResetTrainer(
+        tiny.bert(dropout=0.0),
+        tiny.arguments(folder, ResetTrainingArguments, **settings),
+        train_dataset=test_racing.TRAIN,
+        eval_dataset=test_racing.noisy_rows(123, 2),
+    )
+    trainer.train()
+    names = ("step", test_racing.ROWS, "eval_race_lost")
+    told = [[record.get(name) for name in names] for record in test_racing.evaluations(trainer)]
+    return {"told": told, "anchors": tiny.steps_of(trainer.reset_callback.events, "anchor")}
 
 
 def remembered(folder: Path):
@@ -44,4 +66,4 @@ def remembered(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_checks({"calibrated": calibrated, "remembered": remembered})
+    run_checks({"calibrated": calibrated, "remembered": remembered, "raced": raced})
