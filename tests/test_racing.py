@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_validation_rows import noisy_rows
 from tiny import Recorder, arguments, bert, equal, steps_of
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_reset import ResetTrainer, ResetTrainingArguments
-from hf_reset.errors import UnsupportedError
+from hf_reset.errors import ConfigError, ResetError, UnsupportedError
 from hf_reset.metrics.calibrated import calibrated_loss
 from hf_reset.training.evidence import Reference, paired_margin
 from hf_reset.training.racing import CLEAR, LEVEL, ROWS, Race
@@ -198,6 +198,42 @@ def test_a_diverged_candidate_has_lost_and_rows_without_a_label_take_no_part():
     assert np.isnan(race.differences()).sum() == 80 + (labels[block] == -100).sum()
     assert math.isfinite(race.figures()["eval_race_difference"])
     assert race.enter(np.full((40, 3), np.nan), labels[following])
+
+
+REFUSED = {
+    "a dict": ({"validation": {"one": VALIDATION}}, "`eval_dataset` is a dict"),
+    "regression": ({"model": "regression"}, "no loss of a single row"),
+    "another metric": ({"reset_metric": "eval_accuracy"}, "chosen by 'eval_accuracy', which has no rows"),
+    "no logits": ({"prediction_loss_only": True, "reset_metric": None}, "`prediction_loss_only` is True"),
+    "batches": ({"batch_eval_metrics": True}, "`batch_eval_metrics` is True"),
+    "best checkpoint": (
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 4},
+        "`load_best_model_at_end` needs each evaluation's figures",
+    ),
+    "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "ReduceLROnPlateau sets the learning rate"),
+    "early stopping": ({"callbacks": [EarlyStoppingCallback(1)], "metric_for_best_model": "loss"}, "EarlyStopping"),
+    "another loss": ({"reset_loss": "gce", "reset_metric": "eval_loss"}, "`eval_loss` is another loss"),
+    "no anchor": ({"reset_probability": 0.0, "reset_finish": "last"}, "this run keeps none"),
+    "excursions without resets": (
+        {"reset_evaluation": "full", "reset_evaluation_at": "excursion", "reset_probability": 0.0},
+        "no step can end in a reset",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_when_training_begins(tmp_path, case):
+    settings, words = dict(REFUSED[case][0]), REFUSED[case][1]
+    if settings.get("model") == "regression":
+        settings |= {"model": bert(num_labels=1), "reset_metric": "eval_loss"}
+    with pytest.raises(ResetError, match=words):
+        trainer_of(tmp_path, **settings).train()
+
+
+def test_values_that_mean_nothing_are_refused(tmp_path):
+    for field, value in (("evaluation", "race"), ("evaluation_at", "reset"), ("full_evaluation_every", 0)):
+        with pytest.raises(ConfigError, match=f"`reset_{field}` must be"):
+            arguments(tmp_path, ResetTrainingArguments, **{f"reset_{field}": value})
 
 
 def test_few_rows_that_a_fit_makes_nothing_of_prove_nothing():

@@ -95,7 +95,7 @@ def _refuse_excursions(args: TrainingArguments, resets: StochasticResetCallback)
 def _no_rows(trainer: Trainer, resets: StochasticResetCallback) -> str | None:
     """Why evaluations have no losses of rows to race by, with the remedy; None where they have."""
     args, dataset = trainer.args, trainer.eval_dataset
-    key = MetricWatch.of(resets.config, args).key
+    key = MetricWatch.of(resets.config, args, default=resets.default_metric).key
     if isinstance(dataset, dict):
         return "`eval_dataset` is a dict, and an anchor's rows are those of one set. Pass the set that is to choose"
     if dataset is None or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):

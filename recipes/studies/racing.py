@@ -59,9 +59,9 @@ def main() -> None:
         kept = trajectory(name, cell, options)
         races = [race_through(kept, order) for order in range(options.orders)]
         records.append({"setting": name, "seed": options.seed, **cell, **summary(races, len(kept["labels"]))})
+        content = {"environment": environment_record(torch.device("cpu")), "block": BLOCK, "records": records}
+        write_atomic(RESULTS, json.dumps(content, indent=1) + "\n")
         print(json.dumps(records[-1]), flush=True)
-    content = {"environment": environment_record(torch.device("cpu")), "block": BLOCK, "records": records}
-    write_atomic(RESULTS, json.dumps(content, indent=1) + "\n")
 
 
 def trajectory(name: str, cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
