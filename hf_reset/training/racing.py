@@ -7,10 +7,11 @@ at the anchor. It is lost once an improvement of the mean by `CLEAR` standard er
 difference over all rows, as the rows so far let it be estimated. A race that is not lost goes to the end and is then an
 evaluation like any other: a new anchor needs all its rows, so to find out early that it is won would save nothing.
 
-A row's loss is −log[(1 − ε) softmax(z / T)_y + ε / K]. Under "eval_calibrated_loss" the candidate's T and ε are fitted
-on the rows met, as the anchor's were on all rows: what their two evaluations would say, but a little kinder to the
-candidate. (The anchor's T and ε for both would save the fit, and hold it against a candidate that its logits have
-grown: in a run on docstrings most true improvements lost their race.) Under "eval_loss" T = 1 and ε = 0.
+Under "eval_calibrated_loss" a row's loss is the calibrated one, and what that fits is fitted for the candidate on the
+rows met, as it was for the anchor on all rows: what their two evaluations would say, but a little kinder to the
+candidate. (The anchor's temperature and noise level for both would save the fit, and hold it against a candidate that
+its logits have grown: in a run on docstrings most true improvements lost their race.) Under "eval_loss" it is
+cross-entropy.
 """
 
 from __future__ import annotations
