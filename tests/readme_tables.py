@@ -53,6 +53,8 @@ def table(name: str) -> str:
     """The table of one result file, or of the folder of a study."""
     if name in STUDY:
         return STUDY[name](read_records(RESULTS / "studies" / "comparison"))
+    if name == "auto":
+        return paper.auto_table(read_records(RESULTS / "studies" / "auto"))
     if name.startswith("paper_"):
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"

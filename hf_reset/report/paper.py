@@ -62,6 +62,22 @@ def table(study: str, records: Sequence[Record]) -> str:
     return _gain_table(records) if "group" in records[0] else summary_table(records, _COLUMNS)
 
 
+def auto_table(records: Sequence[Record]) -> str:
+    """The Markdown table of the study of `probability="auto"`, whose records are those of `recipes/studies/run.py`."""
+    columns = [
+        Column(key, f"clean test, {text}") for key, text in (("calibrated", "best checkpoint"), ("last", "last step"))
+    ]
+    flat = [
+        {**record, **record["test_accuracy"], "evaluations": len(record["history"]["calibrated_loss"])}
+        for record in records
+    ]
+    named = [{**record, "arm": f"{record['setting']['name']}, {record['arm']}"} for record in flat]
+    return summary_table(
+        sorted(named, key=lambda record: record["setting"]["name"]),
+        [*columns, Column("resets", "resets", digits=0), Column("evaluations", "evaluations", digits=0)],
+    )
+
+
 def gains(records: Sequence[Record]) -> list[tuple[Record, float]]:
     """Of each run with resets, its record and its best checkpoint's gain on plain training of its group and seed."""
     plain = {(record.get("group"), record["seed"]): record["best"] for record in records if record["arm"] == "plain"}
