@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -59,6 +60,11 @@ def table(name: str) -> str:
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"
         return paper.table(study, json.loads(path.read_text(encoding="utf-8"))["records"])
+    if name == "never_locked_in":
+        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "studies" / f"{name}.py")
+        study = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(study)
+        return study.table(json.loads((RESULTS / "studies" / f"{name}.json").read_text(encoding="utf-8"))["records"])
     if name == "racing":
         return _racing(json.loads((RESULTS / "studies" / "racing.json").read_text(encoding="utf-8"))["records"])
     path = RESULTS / f"{name}.json"

@@ -158,9 +158,9 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 def test_cells_stand_a_row_a_setting():
     lines = cells_table(RECORDS).splitlines()
-    assert lines[0] == "| setting | seeds | best checkpoint | plain, last | reset |"
-    assert lines[2] == "| a | 2 | 0.800 ± 0.000 | 0.500 ± 0.000 | 0.890 ± 0.014 |"
-    assert lines[3] == "| b | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.590 |"
+    assert lines[0] == "| setting | seeds | best checkpoint | plain, last | reset | reset, by accuracy |"
+    assert lines[2] == "| a | 2 | 0.800 ± 0.000 | 0.500 ± 0.000 | 0.890 ± 0.014 | 0.100 ± 0.000 |"
+    assert lines[3] == "| b | 2 | 0.600 ± 0.000 | 0.600 ± 0.000 | 0.590 | 0.100 |"
     assert "| a | 2 | 0.800 ± 0.000 | 0.890" in cells_table(RECORDS, ["reset"])
     rare = [*RECORDS, record("a", "rare", 0, loss=0.7, accuracy=0.7)]
     assert "rare" not in cells_table(rare)  # of one setting in two
@@ -174,6 +174,7 @@ def test_the_headline_is_of_the_settings_that_all_have():
     assert lines[3] == "| plain, best checkpoint | 70.0 % | – | – | – |"
     assert lines[4].startswith("| reset | 74.0 % | +4.0 (")
     assert lines[4].endswith("| -1.0 | 1 / 0 / 1 |")
+    assert lines[5].startswith("| reset, by accuracy | 10.0 % |")
     with pytest.raises(DataError, match="there is no setting that"):
         headline_table(records, ["c"], ["reset"])
 

@@ -131,12 +131,16 @@ def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: i
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
-    """The rows of the table: plain training's readings first, then each method by its own."""
+    """The rows of the table: plain training's readings first, then each method by its own.
+
+    Methods with resets or refinement are read by the calibrated loss, which chose their anchors, and by noisy accuracy.
+    """
     found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", "calibrated")]
     for arm in dict.fromkeys(record["arm"] for record in records):
         if arm != "plain":
             ours = any(record["is_ours"] for record in records if record["arm"] == arm)
-            found.append(line(records, arm, "calibrated" if ours else "/".join(CLASSIC)))
+            readings = ("calibrated", "accuracy") if ours else ("/".join(CLASSIC),)
+            found += [line(records, arm, reading) for reading in readings]
     return found
 
 
@@ -187,9 +191,8 @@ def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Seq
         arms: the methods, by name.
     """
     baseline = baseline_of(records)
-    named = {one.arm: one for one in lines_of(records) if one.arm != "plain"}
     lines = [("plain, last step", line(records, "plain", "last")), ("plain, best checkpoint", baseline)]
-    lines += [(arm, named[arm]) for arm in arms if arm in named]
+    lines += [(_named(one), one) for one in lines_of(records) if one.arm in arms]
     shared = [setting for setting in settings if all(setting in one.cells for _, one in lines)]
     if not shared:
         raise DataError(f"there is no setting that {', '.join(name for name, _ in lines)} all have a record on.")
@@ -263,7 +266,8 @@ def choices_table(records: Sequence[Record]) -> str:
 
 
 def _named(one: Line) -> str:
-    return f"{one.arm}, last" if one.reading == "last" else one.arm
+    said = {"last": ", last", "accuracy": ", by accuracy"}
+    return one.arm + said.get(one.reading, "")
 
 
 def _at(curve: Sequence[Sequence[float]], step: int | None) -> float | None:

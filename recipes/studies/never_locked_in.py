@@ -176,7 +176,8 @@ def table(records: list[dict[str, Any]]) -> str:
                 line.append("–")
             else:
                 resets = sum(record["resets"] for record in of_cell if record["arm"] == arm)
-                line.append(f"{spread[0]:.3f} ± {spread[1] or 0:.3f}; anchor {finish[0]:.3f} ({resets} resets)")
+                deviation = "" if spread[1] is None else f" ± {spread[1]:.3f}"
+                line.append(f"{spread[0]:.3f}{deviation}; anchor {finish[0]:.3f} ({resets} resets)")
         lines.append(line)
     return markdown_table(["training rows", "validation rows", "evaluation every", "learning rate", *ARMS], lines)
 
