@@ -184,7 +184,7 @@ class _Rows:
         partners = partners_of(self.below.argmax(axis=1), self.labels, self.num_classes) if scale > 0 else None
         if partners is None:
             return None
-        octaves = np.arange(_HOTTEST, _COLDEST + 1) * math.log(2) - math.log(scale)
+        octaves = [octave * math.log(2) - math.log(scale) for octave in range(_HOTTEST, _COLDEST + 1)]
         return fit_pairs(self.below, self.labels, partners, octaves)
 
     def log_p(self, beta: float) -> _Floats:

@@ -16,6 +16,7 @@ Reference: Jorma Rissanen, "Modeling by shortest data description", Automatica 1
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +69,7 @@ def partners_of(predicted: NDArray[np.int64], labels: NDArray[np.int64], num_cla
 
 
 def fit_pairs(
-    below: _Floats, labels: NDArray[np.int64], partners: NDArray[np.int64], log_betas: NDArray[np.float64]
+    below: _Floats, labels: NDArray[np.int64], partners: NDArray[np.int64], log_betas: Sequence[float]
 ) -> PairFit:
     """The best T, ε and δ.
 

@@ -86,7 +86,7 @@ class LinearWalk:
         return np.concatenate([np.zeros((excursions, 1)), moves.cumsum(axis=1)], axis=1)
 
 
-def linear_record(walk: LinearWalk, probabilities: Sequence[float], *, walkers: int, seed: int) -> dict[str, Any]:
+def linear_record(walk: LinearWalk, probabilities: Sequence[float], *, walkers: int, seed: int) -> dict[str, object]:
     """Mean steps to the target at each probability, measured and predicted, and the best of both."""
     points = []
     for probability in probabilities:
@@ -114,7 +114,7 @@ def passage_record(
     repeats: int,
     horizon: int,
     seed: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """From one anchor: times to a better validation without resets, what these predict, and what resets then take.
 
     Evaluations come at ages that are multiples of `training.every`, so that excursions are independent and alike.
@@ -188,7 +188,7 @@ def _passage(
     return horizon, True
 
 
-def _point(probability: float, times: np.ndarray, censored: np.ndarray, predicted: float) -> dict[str, Any]:
+def _point(probability: float, times: np.ndarray, censored: np.ndarray, predicted: float) -> dict[str, object]:
     """Measured mean and its standard error; a prediction that is infinite is None.
 
     Where some are censored, all steps over the arrivals: right for what renews itself, as resets make it.

@@ -225,6 +225,11 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
     }
 
 
+def without_metrics(trainer: Trainer) -> None:
+    """Let what is predicted from here on be, without the metrics of validation."""
+    trainer.compute_metrics = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def at_step(history: Mapping[str, Sequence[Sequence[float]]], name: str, step: int | None) -> float | None:
     """The value that a curve of `outcome` has at a step; None where it has none there."""
     return next((value for at, value in history.get(name, []) if at == step), None)

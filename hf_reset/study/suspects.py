@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_reset.errors import DataError
 from hf_reset.files import write_atomic
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hf_reset.study.classification import ClassificationData
     from hf_reset.training.trainer import ResetTrainer
 
@@ -16,7 +18,7 @@ FILE_NAME = "suspects.csv"
 _SHOWN = 10
 
 
-def suspects_found(trainer: ResetTrainer, data: ClassificationData) -> dict[str, Any]:
+def suspects_found(trainer: ResetTrainer, data: ClassificationData) -> dict[str, object]:
     """What a run says of its training labels; all rows go to `suspects.csv` in its output folder.
 
     Args:
@@ -49,7 +51,7 @@ def suspects_found(trainer: ResetTrainer, data: ClassificationData) -> dict[str,
     return {"most_suspect": worst[shown].to_dict("records"), "suspects_auroc": _auroc(table)}
 
 
-def _auroc(table: Any) -> float | None:
+def _auroc(table: pd.DataFrame) -> float | None:
     from sklearn.metrics import roc_auc_score
 
     judged = table.loc[table["rank"].notna()]

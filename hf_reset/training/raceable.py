@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import (
     EarlyStoppingCallback,
@@ -53,7 +51,9 @@ class ExcursionEvaluations(TrainerCallback):
     stays. `ResetTrainer` adds it under `reset_evaluation_at="excursion"`, behind the Trainer's own flow.
     """
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Evaluate here, if the next step ends in a reset."""
         resets = self._at_work(args, state)
         if resets is not None:
@@ -61,7 +61,7 @@ class ExcursionEvaluations(TrainerCallback):
             control.should_evaluate = resets.resets_at(step) and not resets.is_at_anchor(step)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """An epoch's end is no excursion's."""
         if self._at_work(args, state) is not None:

@@ -17,15 +17,16 @@ cross-entropy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -71,10 +72,10 @@ class Race:
         self.rows = 0
         self.is_lost = False
         self._is_plain, self._min_delta = is_plain, min_delta
-        self._blocks: list[NDArray[Any]] = []  # logits
+        self._blocks: list[np.ndarray] = []  # logits
         self._next_look = FIRST_LOOK
 
-    def enter(self, logits: NDArray[Any], labels: NDArray[np.int64]) -> bool:
+    def enter(self, logits: np.ndarray, labels: NDArray[np.int64]) -> bool:
         """Take in the next block, shapes (B, K) and (B,); whether the race is lost now, as this process sees it.
 
         Raises:
@@ -108,11 +109,13 @@ class Race:
         found[met] = self._losses() - self.reference.rows[met]
         return found
 
-    def in_order(self, compute_metrics: Callable[..., Any]) -> Callable[[EvalPrediction], Any]:
+    def in_order(
+        self, compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    ) -> Callable[[EvalPrediction], dict[str, float]]:
         """`compute_metrics` of the rows in the data set's order; of a lost race it is not asked."""
         places = np.argsort(self.order)
 
-        def compute(prediction: EvalPrediction) -> Any:
+        def compute(prediction: EvalPrediction) -> dict[str, float]:
             if self.is_lost:
                 return {}
             extra = {name: getattr(prediction, name, None) for name in ("inputs", "losses")}
@@ -193,7 +196,7 @@ class RacingMixin(RefiningMixin):
         self._leave_rows(race.differences())
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=race.figures(), num_samples=race.rows)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, object], *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; in a race, each block decides whether there is another, on all processes alike."""
         found = super().prediction_step(model, inputs, *args, **kwargs)
         race = self._racing
@@ -204,7 +207,9 @@ class RacingMixin(RefiningMixin):
 
     # Of Trainer's own.
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         callback: Any = getattr(self, "reset_callback", None)
         with together():
@@ -226,12 +231,12 @@ class RacingMixin(RefiningMixin):
             self._keep_reference(metrics)
         return metrics
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         if not self._is_paired() or not hasattr(eval_dataset, "__len__"):
             return super()._get_eval_sampler(eval_dataset)
-        return _RaceOrder(len(eval_dataset), lambda: self._racing)
+        return _RaceOrder(len(cast("Sized", eval_dataset)), lambda: self._racing)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: object) -> bool:
         return False if metrics.get(LOST) else super()._determine_best_metric(metrics, trial)
 
     # Steps of the above.
@@ -277,7 +282,7 @@ class RacingMixin(RefiningMixin):
         if evidence.anchor is not None and evidence.baseline is not None and evidence.reference is not None:
             self._rows_source().leave(evidence.anchor + differences, evidence.baseline, evidence.reference.fit)
 
-    def _keep_reference(self, metrics: dict[str, Any]) -> None:
+    def _keep_reference(self, metrics: dict[str, float]) -> None:
         """Where the anchor has just moved here: what the next races need of it."""
         source, callback = self._rows_source(), getattr(self, "reset_callback", None)
         last, source.last = source.last, None
@@ -291,11 +296,12 @@ class RacingMixin(RefiningMixin):
         reference = Reference(rows, labels, _figures_of_weights(metrics), source.latest)
         callback.run.evidence = replace(evidence, reference=reference)
 
-    def _gathered(self, logits: Any, labels: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def _gathered(self, logits: object, labels: object) -> tuple[np.ndarray, NDArray[np.int64]]:
         """The block of all processes, in order and without padding: logits (B, K) and labels (B,)."""
         if isinstance(logits, (tuple, list)):
             logits = logits[0]
-        whole: Any = self.accelerator.gather_for_metrics((logits, labels.reshape(-1)))
+        block = (logits, cast("torch.Tensor", labels).reshape(-1))
+        whole: Any = self.accelerator.gather_for_metrics(block)
         return to_numpy(whole[0]), to_numpy(whole[1]).astype(np.int64)
 
 
@@ -316,16 +322,16 @@ class _RaceOrder(Sampler[int]):
 class _UntilLost:
     """A data loader that ends when the race is lost."""
 
-    def __init__(self, loader: Any, race: Race) -> None:
+    def __init__(self, loader: DataLoader, race: Race) -> None:
         self._loader, self._race = loader, race
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for batch in self._loader:
             yield batch
             if self._race.is_lost:
@@ -344,7 +350,7 @@ def _at(places: NDArray[np.int64], values: Any) -> Any:
     return values[places] if hasattr(values, "shape") else values
 
 
-def _figures_of_weights(metrics: dict[str, Any]) -> dict[str, float]:
+def _figures_of_weights(metrics: dict[str, float]) -> dict[str, float]:
     """The numbers among an evaluation's results that say something of the weights, not of the course it took."""
     course = ("_runtime", "_per_second", "_preparation_time", "_mem_", "eval_race_")
     return {

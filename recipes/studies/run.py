@@ -188,8 +188,11 @@ def prepare(setting: Any, seed: int, data_dir: str, chosen: str) -> Classificati
 
     options = json.loads(chosen)
     real = setting.noise_kind == "real"
+    splits = raw_splits(setting.dataset, data_dir)
+    if real and "noisy_label" not in splits.get("validation", splits["train"]).column_names:
+        splits = {name: rows for name, rows in splits.items() if name != "validation"}  # true labels may not choose
     data = prepare_classification(
-        raw_splits(setting.dataset, data_dir),
+        splits,
         Columns(label="noisy_label" if real else "label", clean_label="label" if real else None),
         noise_rate=0.0 if real else setting.noise_rate,
         noise_kind="symmetric" if real else setting.noise_kind,

@@ -178,7 +178,7 @@ def train_and_measure(
     from hf_reset.metrics import with_calibrated_loss
     from hf_reset.study.arms import arguments_of
     from hf_reset.study.classification import validation_gain, validation_metrics, watch_memory
-    from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run
+    from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run, without_metrics
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -198,7 +198,7 @@ def train_and_measure(
         callbacks=[best, *watch_memory(splits["train"], args, options.memory_samples), *callbacks],
     )
     record = train_run(trainer, training)
-    trainer.compute_metrics = None  # of validation; what is predicted from here on is measured by itself
+    without_metrics(trainer)  # those of validation: what is predicted from here on is measured by itself
     record |= measure(trainer, data, splits, "last")
     with best.swapped():
         record |= measure(trainer, data, splits, "best")
