@@ -71,9 +71,10 @@ def test_plan_of_a_run_that_only_improves(tmp_path, capsys):
 
 
 def test_plan_of_a_run_with_resets(tmp_path, capsys):
-    # New bests come within an evaluation of a reset, now and then, or not at all.
-    values = [1.0 - 0.01 * (k // 4) if k % 4 == 0 else 2.0 for k in range(120)]
-    folder = finished(tmp_path / "run", values, resets=[10 * k + 15 for k in range(2, 116, 2)])
+    # The first evaluation after a reset is a new best, and none of the five after it.
+    starts = range(2, 230, 6)
+    values = [1.0 - 0.001 * k if k - 1 in starts else 2.0 for k in range(240)]
+    folder = finished(tmp_path / "run", values, resets=[10 * k + 15 for k in starts])
     assert main(["plan", folder, "--seed", "3", "--picture", str(tmp_path / "plan.svg")]) == 0
     out = capsys.readouterr().out
     assert "hazard: falling" in out

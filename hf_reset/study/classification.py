@@ -238,9 +238,8 @@ def prepare_classification(
         noise = {"kind": noise_kind, "seed": seed, "matrix": noise_matrix}
         noise["rate"] = None if noise_kind == "matrix" else noise_rate
         train, validation = _corrupt(train, validation, noise, names, columns.trusted)
-    data = ClassificationData(
-        _finish(train, "train"), _finish(validation, "validation"), _finish(test, "test"), list(map(str, names)), notes
-    )
+    whole = (_finish(rows, name) for rows, name in ((train, "train"), (validation, "validation"), (test, "test")))
+    data = ClassificationData(*whole, list(map(str, names)), notes)
     _check_splits(data, columns, validation_given="validation" in splits)
     return data
 

@@ -67,8 +67,8 @@ def test_the_text_recipe_runs_by_changing_only_the_configuration(engine, rows, t
     options = ["--train_file", rows / "texts.jsonl", "--vocab_size", "100", "--output_dir", tmp_path]
     run_recipe(engine, "text_classification", options, python=python_for(engine))
     (record,) = json.loads((tmp_path / "results.json").read_text())["records"]
-    assert record["arm"] == "reset"
-    assert (tmp_path / "reset-seed0" / "model" / "model.safetensors").is_file()
+    assert record["arm"] == "reset + refine"
+    assert (tmp_path / "reset+refine-seed0" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.distributed
@@ -82,8 +82,8 @@ def test_the_text_recipe_runs_under_fsdp1(rows, tmp_path):
     options = ["--train_file", rows / "texts.jsonl", "--vocab_size", "100", "--output_dir", tmp_path / "out"]
     run_recipe(tmp_path / "fsdp1.yaml", "text_classification", options)
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text())["records"]
-    assert record["arm"] == "reset"
-    assert (tmp_path / "out" / "reset-seed0" / "model" / "model.safetensors").is_file()
+    assert record["arm"] == "reset + refine"
+    assert (tmp_path / "out" / "reset+refine-seed0" / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.distributed
