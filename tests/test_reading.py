@@ -126,3 +126,10 @@ def test_the_most_suspect_rows_are_shown_as_a_table():
     del row["is_wrong"]
     assert "is wrong" not in classification.suspects_table([record("odd", 0, 0.5, most_suspect=[row])])
     assert classification.suspects_table([record("odd", 0, 0.5)]) == ""
+
+
+def test_the_report_says_why_no_label_was_corrected():
+    why = {"why_not_refined": "The model seems right in 43% of the rows, the labels in 60%."}
+    said = classification.reading([record("base", 0, 0.5), record("odd", 0, 0.6, **why)])
+    assert "odd (seed 0) corrected no label at its end: The model seems right in 43%" in said
+    assert "corrected no label" not in classification.reading(study([0.5], [0.6]))

@@ -187,6 +187,11 @@ def reading(records: Sequence[Record], *, clean: bool = True) -> str:
     lines += [said for said in (noise_found(records), armed_on_evidence(records)) if said is not None]
     if (never := never_reset(records)) is not None:
         lines.append(never)
+    lines += [
+        f"{record['arm']} (seed {record['seed']}) corrected no label at its end: {record['why_not_refined']}"
+        for record in records
+        if record.get("why_not_refined")
+    ]
     systematic = [record for record in records if _learnt_the_noise(record)]
     if systematic:
         agreement = max(record["validation_accuracy_best"] for record in systematic)

@@ -174,14 +174,14 @@ def _draw_panel(axis: Axes, panel: Panel, records: Sequence[Record], styles: Rec
 
 
 def _draw_rug(axis: Axes, records: Sequence[Record], styles: Record) -> None:
-    rows = [record for record in records if record.get("reset_steps") or record.get("armed_step") is not None]
+    rows = [record for record in records if record.get("reset_steps") or _began(record) is not None]
     if not rows:
         return
     low, high = axis.get_ylim()
     row_height = 0.045 * (high - low)
     axis.set_ylim(low - row_height * (len(rows) + 0.5), high)
     for row, record in enumerate(rows):
-        steps, armed = record.get("reset_steps") or [], record.get("armed_step")
+        steps, armed = record.get("reset_steps") or [], _began(record)
         height = low - row_height * (row + 0.5)
         label = "a reset (one row a seed)" if row == 0 else None
         mark = {"marker": "|", "markersize": 5, "markeredgewidth": 1.0, "linestyle": "none"}
@@ -190,6 +190,11 @@ def _draw_rug(axis: Axes, records: Sequence[Record], styles: Record) -> None:
         if armed is not None:
             begun = {"marker": 5, "markersize": 5, "linestyle": "none", "label": None if row else "resets begin"}
             axis.plot([armed], [height], color=colour, **begun)
+
+
+def _began(record: Record) -> int | None:
+    """The step at which resets began, of a run that had any to begin."""
+    return record.get("armed_step") if record.get("can_reset") else None
 
 
 def _legend_entries(axes: Sequence[Axes]) -> tuple[list[Any], list[str]]:

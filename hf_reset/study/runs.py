@@ -221,6 +221,7 @@ def outcome(trainer: Any, best: BestWeightsCallback, curves: Mapping[str, str]) 
         "best_step": best.step,
         "best_metric": best.best,
         "suspects_share": suspects_share(trainer),
+        "why_not_refined": why_not_refined(trainer),
         "history": {name: curve for name, key in curves.items() if (curve := series(log, key))},
     }
 
@@ -233,6 +234,14 @@ def without_metrics(trainer: Trainer) -> None:
 def at_step(history: Mapping[str, Sequence[Sequence[float]]], name: str, step: int | None) -> float | None:
     """The value that a curve of `outcome` has at a step; None where it has none there."""
     return next((value for at, value in history.get(name, []) if at == step), None)
+
+
+def why_not_refined(trainer: Trainer) -> str | None:
+    """Why a run that was to refine labels touched none at its end; None where it did, or was not to."""
+    refinement, config = getattr(trainer, "refinement", None), getattr(trainer, "refinement_config", None)
+    if config is None or config.mode == "off" or (refinement is not None and refinement.is_active):
+        return None
+    return "Validation never stalled." if refinement is None else refinement.reason
 
 
 def suspects_share(trainer: ResetTrainerMixin) -> float | None:
