@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -168,6 +169,11 @@ class _Rows:
     def num_classes(self) -> int:
         return self.below.shape[1]
 
+    @cached_property
+    def scale(self) -> float:
+        """See `_typical_spread`."""
+        return _typical_spread(self.below)
+
     @property
     def is_finite(self) -> bool:
         return bool(np.isfinite(self.below).all())
@@ -180,11 +186,10 @@ class _Rows:
 
     def with_pairs(self) -> PairFit | None:
         """The fit with partners, where labels look wrong in pairs."""
-        scale = _typical_spread(self.below)
-        partners = partners_of(self.below.argmax(axis=1), self.labels, self.num_classes) if scale > 0 else None
+        partners = partners_of(self.below.argmax(axis=1), self.labels, self.num_classes) if self.scale > 0 else None
         if partners is None:
             return None
-        octaves = [octave * math.log(2) - math.log(scale) for octave in range(_HOTTEST, _COLDEST + 1)]
+        octaves = [octave * math.log(2) - math.log(self.scale) for octave in range(_HOTTEST, _COLDEST + 1)]
         return fit_pairs(self.below, self.labels, partners, octaves)
 
     def log_p(self, beta: float) -> _Floats:
@@ -254,9 +259,8 @@ def _row_losses(log_p: _Floats, noise: float, num_classes: int) -> _Floats:
 def _best_fit(rows: _Rows) -> tuple[float, float]:
     """The best (T, ε), plain cross-entropy's (1, 0) among the candidates."""
     candidates = [(float(-rows.log_p(1.0).mean()), 0.0, 0.0)]
-    scale = _typical_spread(rows.below)
-    if scale > 0:  # constant logits know nothing, at any temperature
-        candidates += _search(rows, math.log(2.0**_HOTTEST / scale))
+    if rows.scale > 0:  # constant logits know nothing, at any temperature
+        candidates += _search(rows, math.log(2.0**_HOTTEST / rows.scale))
     _, log_beta, noise = min(candidates)
     return math.exp(-log_beta), noise
 

@@ -84,13 +84,15 @@ def fit_pairs(
     best = min((_at(below, labels, is_partner, log_beta) for log_beta in log_betas), key=_mean)
     width = float(log_betas[1] - log_betas[0])
     low, high = best.log_beta - width, best.log_beta + width
+    left, right = (_at(below, labels, is_partner, low + part * (high - low)) for part in (1 - _GOLDEN, _GOLDEN))
     for _ in range(_STEPS):
-        left, right = (
-            _at(below, labels, is_partner, point)
-            for point in (high - _GOLDEN * (high - low), low + _GOLDEN * (high - low))
-        )
         best = min(best, left, right, key=_mean)
-        low, high = (low, right.log_beta) if _mean(left) <= _mean(right) else (left.log_beta, high)
+        if _mean(left) <= _mean(right):  # the inner point that stays is one of the next two
+            high, right = right.log_beta, left
+            left = _at(below, labels, is_partner, high - _GOLDEN * (high - low))
+        else:
+            low, left = left.log_beta, right
+            right = _at(below, labels, is_partner, low + _GOLDEN * (high - low))
     cost = _cost(int((partners >= 0).sum()), num_classes, len(labels)) / len(labels)
     return best._replace(values=best.values + cost)
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from hf_reset.errors import DataError
 from hf_reset.report.plots import new_figure, save_figure
-from hf_reset.report.tables import Record, markdown_table, mean_and_sd
+from hf_reset.report.results import value_at
+from hf_reset.report.tables import Record, markdown_table, mean_and_sd, spread_text
 
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
 _TIE = 0.005  # of accuracy: differences below half a point count as none
@@ -250,12 +251,12 @@ def choices_table(records: Sequence[Record]) -> str:
             continue
         values = {way: [r["test_accuracy"][way] for r in cell] for way in ways}
         means.append([statistics.fmean(values[way]) for way in ways])
-        fitted = [_at(r["history"].get("label_noise", []), r["best_step"]["calibrated"]) for r in cell]
+        fitted = [value_at(r["history"].get("label_noise", []), r["best_step"]["calibrated"]) for r in cell]
         wrong = mean_and_sd([r.get("validation_wrong") for r in cell])
         rows.append(
             [
-                *(setting, str(len(cell)), *(_number(mean_and_sd(values[way])) for way in ways)),
-                *(_number(mean_and_sd(fitted)), "–" if wrong is None else f"{wrong[0]:.3f}"),
+                *(setting, str(len(cell)), *(spread_text(values[way]) for way in ways)),
+                *(spread_text(fitted), "–" if wrong is None else f"{wrong[0]:.3f}"),
             ]
         )
     if means:
@@ -268,10 +269,6 @@ def choices_table(records: Sequence[Record]) -> str:
 def _named(one: Line) -> str:
     said = {"last": ", last", "accuracy": ", by accuracy"}
     return one.arm + said.get(one.reading, "")
-
-
-def _at(curve: Sequence[Sequence[float]], step: int | None) -> float | None:
-    return next((value for at, value in curve if at == step), None)
 
 
 def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
@@ -290,8 +287,7 @@ def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = N
         of_arm = [record for record in records if record["arm"] == arm]
         for key, what in (("suspects_auroc", "row memory"), ("loss_auroc", "loss at best checkpoint")):
             cells = [
-                _number(mean_and_sd([r.get(key) for r in of_arm if r["setting"]["name"] == setting]))
-                for setting in settings
+                spread_text([r.get(key) for r in of_arm if r["setting"]["name"] == setting]) for setting in settings
             ]
             if any(cell != "–" for cell in cells):
                 rows.append([arm, _ranked_by(of_arm, key, what), *cells])
@@ -325,8 +321,8 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
     axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
     axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
     # Colours say the data, shapes what is done to the labels.
-    colours = {setting.rpartition("-")[0] or setting: look[0] for setting, look in looks.items()}
-    markers = {setting.rpartition("-")[2]: look[1] for setting, look in looks.items()}
+    colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}
+    markers = {_data_and_noise(setting)[1]: look[1] for setting, look in looks.items()}
     handles = [axis.plot([], [], "s", ms=5, mew=0, color=one, label=name)[0] for name, one in colours.items()]
     handles += [axis.plot([], [], one, ms=5, mew=0, color="#666666", label=name)[0] for name, one in markers.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
@@ -335,11 +331,16 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
     return save_figure(figure, path)
 
 
+def _data_and_noise(setting: str) -> tuple[str, str]:
+    data, _, noise = setting.rpartition("-")
+    return data or setting, noise
+
+
 def _looks(settings: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each setting: by its data set, and by its noise."""
     palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
     markers = ["o", "^", "D", "v", "P", "X", "*", "p"]
-    parts = {setting: (setting.rpartition("-")[0] or setting, setting.rpartition("-")[2]) for setting in settings}
+    parts = {setting: _data_and_noise(setting) for setting in settings}
     data, noise = (list(dict.fromkeys(pair[place] for pair in parts.values())) for place in (0, 1))
     return {
         setting: (palette[data.index(own) % len(palette)], markers[noise.index(kind) % len(markers)])
@@ -348,13 +349,7 @@ def _looks(settings: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _cell(seeds: Mapping[int, float] | None) -> str:
-    return "–" if not seeds else _number(mean_and_sd(list(seeds.values())))
-
-
-def _number(spread: tuple[float, float | None] | None) -> str:
-    if spread is None:
-        return "–"
-    return f"{spread[0]:.3f}" + ("" if spread[1] is None else f" ± {spread[1]:.3f}")
+    return spread_text(list((seeds or {}).values()))
 
 
 def _auroc(record: Record) -> float | None:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from hf_reset.errors import DataError
 from hf_reset.report.plots import mean_curve, new_figure, save_figure
-from hf_reset.report.tables import Column, Record, arms_of, markdown_table, mean_and_sd, summary_table
+from hf_reset.report.tables import Column, Record, arms_of, markdown_table, spread_text, summary_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,13 +90,9 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's; NaN where one does not vary."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return math.nan
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+    from scipy.stats import rankdata
 
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """From 1; equal values share their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
 
 
 def _gain_table(records: Sequence[Record]) -> str:
@@ -107,11 +101,11 @@ def _gain_table(records: Sequence[Record]) -> str:
     for group in dict.fromkeys(record["group"] for record in records):
         of_group = [record for record in records if record["group"] == group]
         plain = [record for record in of_group if record["arm"] == "plain"]
-        row = [group, _number([record["peclet_at_arming"] for record in of_group], 1)]
-        row += [_number([record["best"] for record in plain]), _number([record["last"] for record in plain])]
+        row = [group, spread_text([record["peclet_at_arming"] for record in of_group], 1)]
+        row += [spread_text([record["best"] for record in plain]), spread_text([record["last"] for record in plain])]
         for arm in arms:
             of_arm = [(record, gain) for record, gain in gains(of_group) if record["arm"] == arm]
-            row += [_number([gain for _, gain in of_arm]), _number([record["last"] for record, _ in of_arm])]
+            row += [spread_text([gain for _, gain in of_arm]), spread_text([record["last"] for record, _ in of_arm])]
         rows.append(row)
     heading = ["", "Péclet number at arming", "plain, best", "plain, last"]
     heading += [text for arm in arms for text in (f"{arm}, gain of the best", f"{arm}, last")]
@@ -123,9 +117,9 @@ def _passage_table(records: Sequence[Record]) -> str:
     for arm in arms_of(records):
         of_arm = [record for record in records if record["arm"] == arm]
         ratios = [ratio for record in of_arm for ratio in _ratios(record)]
-        row = [arm, _number([record.get("peclet") for record in of_arm], 2)]
-        row += [_number([record[key] for record in of_arm], 4) for key in ("predicted_best", "observed_best")]
-        rows.append([*row, _number([record.get("planned") for record in of_arm], 4), _number(ratios, 2)])
+        row = [arm, spread_text([record.get("peclet") for record in of_arm], 2)]
+        row += [spread_text([record[key] for record in of_arm], 4) for key in ("predicted_best", "observed_best")]
+        rows.append([*row, spread_text([record.get("planned") for record in of_arm], 4), spread_text(ratios, 2)])
     heading = ["", "Péclet number", "best r, predicted", "best r of the grid, observed", "r that `auto` would take"]
     return markdown_table([*heading, "observed over predicted mean time, all r above 0"], rows)
 
@@ -133,13 +127,6 @@ def _passage_table(records: Sequence[Record]) -> str:
 def _ratios(record: Record) -> list[float]:
     points = [one for one in record["points"] if one["probability"] and one["observed"] and one["predicted"]]
     return [one["observed"] / one["predicted"] for one in points]
-
-
-def _number(values: Sequence[float | None], digits: int = 3) -> str:
-    spread = mean_and_sd(values)
-    if spread is None:
-        return "–"
-    return f"{spread[0]:.{digits}f}" + ("" if spread[1] is None else f" ± {spread[1]:.{digits}f}")
 
 
 def _probabilities(records: Sequence[Record]) -> Figure:

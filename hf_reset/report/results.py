@@ -174,6 +174,11 @@ def series(log_history: Sequence[Record], key: str) -> list[list[float]]:
     return [[entry["step"], plain(entry[key])] for entry in log_history if entry.get(key) is not None]
 
 
+def value_at(curve: Sequence[Sequence[float]], step: int | None) -> float | None:
+    """The value that a curve of `series` has at a step; None where it has none there."""
+    return next((value for at, value in curve if at == step), None)
+
+
 def _readable(content: object) -> str:
     """Indented JSON in which a list of numbers, or of pairs of them, takes one line."""
     text = json.dumps(content, indent=1, allow_nan=False)

@@ -159,11 +159,18 @@ def markdown_report(
 
 def format_spread(values: Sequence[float | None], column: Column) -> str:
     """Such as "0.912 ± 0.012": mean ± sample standard deviation; of one value, itself; "–" for none."""
-    spread = mean_and_sd([None if value is None else value * column.scale for value in values])
+    scaled = [None if value is None else value * column.scale for value in values]
+    spread = mean_and_sd(scaled)
+    is_count = spread is not None and spread[1] is None and spread[0].is_integer() and column.digits <= 1
+    return spread_text(scaled, 0 if is_count else column.digits)
+
+
+def spread_text(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean ± sample standard deviation to so many digits; of one value, itself; "–" for none."""
+    spread = mean_and_sd(values)
     if spread is None:
         return "–"
     mean, deviation = spread
-    digits = 0 if deviation is None and float(mean).is_integer() and column.digits <= 1 else column.digits
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 

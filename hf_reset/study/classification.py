@@ -225,11 +225,8 @@ def prepare_classification(
             that training lacks, or two splits share most of their rows.
     """
     added = noise_rate > 0 or noise_kind == "matrix"
-    if added and columns.clean_label is not None:
-        raise ConfigError(
-            f"`noise_rate` {noise_rate} (`noise_kind` {noise_kind!r}) would add noise to the real noise of "
-            f"`clean_label_column` {columns.clean_label!r}. Give one of the two."
-        )
+    if added:
+        _refuse_real_noise(columns, noise_rate, noise_kind)
     shares = {"test": (test_fraction, max_predict_samples), "validation": (validation_fraction, max_eval_samples)}
     parts, notes = _cut(splits, columns, shares, max_train_samples, seed, added=added)
     names = _class_names(parts, splits["train"].features.get(columns.label), columns)
@@ -238,10 +235,19 @@ def prepare_classification(
         noise = {"kind": noise_kind, "seed": seed, "matrix": noise_matrix}
         noise["rate"] = None if noise_kind == "matrix" else noise_rate
         train, validation = _corrupt(train, validation, noise, names, columns.trusted)
-    whole = (_finish(rows, name) for rows, name in ((train, "train"), (validation, "validation"), (test, "test")))
-    data = ClassificationData(*whole, list(map(str, names)), notes)
+    data = ClassificationData(
+        _finish(train, "train"), _finish(validation, "validation"), _finish(test, "test"), list(map(str, names)), notes
+    )
     _check_splits(data, columns, validation_given="validation" in splits)
     return data
+
+
+def _refuse_real_noise(columns: Columns, noise_rate: float, noise_kind: NoiseKind) -> None:
+    if columns.clean_label is not None:
+        raise ConfigError(
+            f"`noise_rate` {noise_rate} (`noise_kind` {noise_kind!r}) would add noise to the real noise of "
+            f"`clean_label_column` {columns.clean_label!r}. Give one of the two."
+        )
 
 
 def _cut(

@@ -231,11 +231,6 @@ def without_metrics(trainer: Trainer) -> None:
     trainer.compute_metrics = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def at_step(history: Mapping[str, Sequence[Sequence[float]]], name: str, step: int | None) -> float | None:
-    """The value that a curve of `outcome` has at a step; None where it has none there."""
-    return next((value for at, value in history.get(name, []) if at == step), None)
-
-
 def why_not_refined(trainer: Trainer) -> str | None:
     """Why a run that was to refine labels touched none at its end; None where it did, or was not to."""
     refinement, config = getattr(trainer, "refinement", None), getattr(trainer, "refinement_config", None)

@@ -47,14 +47,14 @@ def suspects_found(trainer: ResetTrainer, data: ClassificationData) -> dict[str,
         text = table.drop(columns=["given_label", "predicted_label"]).to_csv(index_label="row")
         write_atomic(Path(trainer.args.output_dir or "") / FILE_NAME, text)
     shown = ["row", "text", "given", "predicted", "label_quality", *([] if is_wrong is None else ["is_wrong"])]
-    worst = table.loc[table["rank"].notna()].head(_SHOWN).rename_axis("row").reset_index()
-    return {"most_suspect": worst[shown].to_dict("records"), "suspects_auroc": _auroc(table)}
+    judged = table.loc[table["rank"].notna()]
+    worst = judged.head(_SHOWN).rename_axis("row").reset_index()
+    return {"most_suspect": worst[shown].to_dict("records"), "suspects_auroc": _auroc(judged)}
 
 
-def _auroc(table: pd.DataFrame) -> float | None:
+def _auroc(judged: pd.DataFrame) -> float | None:
     from sklearn.metrics import roc_auc_score
 
-    judged = table.loc[table["rank"].notna()]
     if "is_wrong" not in judged or judged["is_wrong"].nunique() < 2:
         return None
     return float(roc_auc_score(judged["is_wrong"], 1 - judged["label_quality"]))

@@ -234,12 +234,14 @@ def measure(
 def trajectory(trainer: ResetTrainer, data: ClassificationData, best: Any) -> dict[str, Any]:
     """What happened on the way: resets, the best evaluation, and the curves of the figure."""
     from hf_reset.report.classification import CURVES
-    from hf_reset.study.runs import at_step, outcome
+    from hf_reset.report.results import value_at
+    from hf_reset.study.runs import outcome
     from hf_reset.study.suspects import suspects_found
 
     record = outcome(trainer, best, CURVES)
     record |= {
-        f"{name}_best": at_step(record["history"], name, best.step) for name in ("validation_accuracy", "label_noise")
+        f"{name}_best": value_at(record["history"].get(name, []), best.step)
+        for name in ("validation_accuracy", "label_noise")
     }
     return record | suspects_found(trainer, data) | data.counts()
 
