@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hf_reset.errors import DataError
 from hf_reset.report.plots import mean_curve, new_figure, save_figure
 from hf_reset.report.tables import Column, Record, arms_of, markdown_table, spread_text, summary_table
