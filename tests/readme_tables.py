@@ -68,9 +68,12 @@ def table(name: str) -> str:
     if name == "racing":
         return _racing(json.loads((RESULTS / "studies" / "racing.json").read_text(encoding="utf-8"))["records"])
     path = RESULTS / f"{name}.json"
+    path = path if path.is_file() else RESULTS / "benchmarks" / path.name
     result = json.loads(path.read_text(encoding="utf-8"))
     if result.get("benchmark") == "overhead":
         return _overhead(result)
+    if result.get("benchmark") == "resets":
+        return _resets(result)
     if result.get("benchmark") == "survival":
         return _survival(result)
     if result.get("benchmark") == "exactness":
@@ -106,6 +109,42 @@ def _overhead(result: dict) -> str:
     ]
     heading = ["scope", "anchor, of the weights' bytes (with optimizer state)", "snapshot, in steps", "reset, in steps"]
     return f"{steps}\n\n{markdown_table(heading, rows)}"
+
+
+def _resets(result: dict) -> str:
+    """A reset by size of the model, beside other ways back and averages; then by scope."""
+    names = {
+        "reset": "reset",
+        "snapshot": "snapshot",
+        "load_state_dict": "`load_state_dict` of a deep copy",
+        "reload": "checkpoint from disk",
+        "bema": "TRL's BEMA update",
+        "average": "`ema_decay` update",
+    }
+
+    def shown(ratio: dict, seconds: dict) -> str:
+        return f"{ratio['median']:.2f} × ({1000 * seconds['median']:.3g} ms)"
+
+    rows = [
+        [
+            f"{case['parameters'] / 1e6:.0f} M, {case['dtype']}",
+            f"{1000 * case['seconds']['copy']['median']:.3g} ms",
+            *(shown(case["to_copy"][way], case["seconds"][way]) for way in names),
+        ]
+        for case in result["cases"]
+        if case["scope"] == "all"
+    ]
+    whole = markdown_table(["model", "bare fused copy", *names.values()], rows)
+    scopes = [scope for scope in dict.fromkeys(case["scope"] for case in result["cases"]) if scope != "all"]
+    cases = {(case["size"], case["dtype"], case["scope"]): case for case in result["cases"]}
+    rows = []
+    for size, dtype in dict.fromkeys((size, dtype) for size, dtype, _ in cases):
+        parts = [cases[size, dtype, scope] for scope in scopes]
+        resets = [
+            f"{1000 * case['seconds']['reset']['median']:.3g} ms ({case['anchor_bytes'] / 1e6:.3g} MB)" for case in parts
+        ]
+        rows.append([f"{cases[size, dtype, 'all']['parameters'] / 1e6:.0f} M, {dtype}", *resets])
+    return f"{whole}\n\n{markdown_table(['model', *(f'reset `{scope}`' for scope in scopes)], rows)}"
 
 
 def _racing(records: list[dict]) -> str:

@@ -13,7 +13,7 @@ and what a row memory, which the trainer arm has, adds to a step.
     python recipes/benchmarks/overhead.py                                # 6-layer BERT on CPU, about 5 minutes
     python recipes/benchmarks/overhead.py --hidden_size 768 --layers 12  # BERT-base, for a GPU
 
-Writes recipes/results/benchmark_overhead_<device>.json.
+Writes recipes/results/benchmarks/overhead_<device>.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--probability", type=float, default=0.02)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "benchmarks")
     options = parser.parse_args()
 
     import torch
@@ -76,7 +76,7 @@ def main() -> None:
         "anchor": costs,
         "row_memory": (remembering := memory_costs(options, stock)),
     }
-    file = options.results / f"benchmark_overhead_{device.type}.json"
+    file = options.results / f"overhead_{device.type}.json"
     write_atomic(file, json.dumps(result, indent=2) + "\n")
     for arm, values in ratios.items():
         share = f"hooks {result['hooks_in_stock_steps'][arm]:.5f}"

@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60, help="in all, three a life, spread over the modes")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "benchmarks")
     options = parser.parse_args()
 
     _import_once()
