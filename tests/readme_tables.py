@@ -141,7 +141,8 @@ def _resets(result: dict) -> str:
     for size, dtype in dict.fromkeys((size, dtype) for size, dtype, _ in cases):
         parts = [cases[size, dtype, scope] for scope in scopes]
         resets = [
-            f"{1000 * case['seconds']['reset']['median']:.3g} ms ({case['anchor_bytes'] / 1e6:.3g} MB)" for case in parts
+            f"{1000 * case['seconds']['reset']['median']:.3g} ms ({case['anchor_bytes'] / 1e6:.3g} MB)"
+            for case in parts
         ]
         rows.append([f"{cases[size, dtype, 'all']['parameters'] / 1e6:.0f} M, {dtype}", *resets])
     return f"{whole}\n\n{markdown_table(['model', *(f'reset `{scope}`' for scope in scopes)], rows)}"
