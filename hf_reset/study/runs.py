@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_reset.errors import ConfigError
 from hf_reset.study.arms import Arm, planned_runs
@@ -252,13 +253,13 @@ def suspects_share(trainer: ResetTrainerMixin) -> float | None:
 
 def save_final_model(
     trainer: Any,
-    finish: str,
+    finish: Literal["anchor", "last"],
     best: BestWeightsCallback,
     path: str,
     record: Mapping[str, object] | None = None,
     options: object = None,
 ) -> None:
-    """Save the last weights, or the anchor's (without resets: the best evaluated), as `reset_finish` says.
+    """Save the last weights, or the anchor's (without resets: the best evaluated), as training would end with `finish`.
 
     An anchor of a part of the model was not evaluated beside the last step's rest. Where it does not hold the rest that
     was, all weights are those of the best evaluation, which is the anchor's unless that was fixed earlier.
@@ -271,9 +272,13 @@ def save_final_model(
         record: of the run, for the model's card; None for no card.
         options: the text-classification recipe's, for the card.
     """
-    store = trainer.reset_callback.store
+    from hf_reset.policy import finishes_with_anchor
+
+    callback = trainer.reset_callback
+    store = callback.store
     anchor = store.swapped() if store is not None and store.holds_all else best.swapped()
-    with anchor if finish == "anchor" else nullcontext():
+    with_anchor = finishes_with_anchor(replace(callback.config, finish=finish), callback.reset_state)
+    with anchor if with_anchor else nullcontext():
         save_whole_model(trainer, path)
     if record is not None and trainer.args.should_save:
         from hf_reset.report.classification import write_card
