@@ -22,6 +22,7 @@ from hf_reset.report.comparison import (
     suspects_table,
 )
 from hf_reset.study.arms import PLAIN, RESET, Arm
+from hf_reset.study.cells import complete
 from hf_reset.study.comparison import Plan, Run, Setting, claim, pending, read_records, record_path
 
 TREC, NEWS = Setting("trec", "symmetric", 0.4), Setting("ag_news", "pair", 0.4)
@@ -35,6 +36,7 @@ def test_names_say_data_and_noise():
     assert TREC.name == "trec-symmetric40"
     assert Setting("wrench_trec", "real").name == "wrench_trec-real"
     assert Setting("trec").name == "trec-clean"
+    assert Setting("trec", "pair", 0.4, variant="all").name == "trec_all-pair40"
 
 
 def test_stages_come_in_order_and_no_run_twice():
@@ -222,3 +224,22 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert main(["compare", str(tmp_path), "--settings", "c"]) == 2
     assert "`settings` 'c' is not in the study; it has a, b." in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "empty")]) == 2
+
+
+def test_a_study_of_cells_goes_on_where_its_file_ends_and_keeps_what_it_has(tmp_path):
+    path, ran = tmp_path / "new" / "cells.json", []
+
+    def carry_out(cell):
+        if cell["rate"] == 3:
+            raise KeyboardInterrupt
+        ran.append(cell)
+        return {"twice": 2 * cell["rate"]}
+
+    with pytest.raises(KeyboardInterrupt):
+        complete(path, [{"rate": 1}, {"rate": 2}, {"rate": 3}], carry_out, arms=["a"])
+    records = complete(path, [{"rate": 4}, {"rate": 2}, {"rate": 1}], carry_out, arms=["a"])
+    assert ran == [{"rate": 1}, {"rate": 2}, {"rate": 4}]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["records"] == records == [{"rate": rate, "twice": 2 * rate} for rate in (1, 2, 4)]
+    assert content["arms"] == ["a"]
+    assert "environment" in content

@@ -45,7 +45,9 @@ def test_the_saved_model_of_a_partial_scope_is_weights_that_were_evaluated(tmp_p
 def test_a_run_that_never_began_to_reset_saves_the_weights_that_training_would_end_with(tmp_path):
     """On evidence, and without any: a few rows cannot tell the anchor from the last weights, which then stay."""
     best = BestWeightsCallback(ResetConfig())
-    trainer, recorder = reset_run(tmp_path, callbacks=[best], reset_finish="last", reset_probability=0.4, learning_rate=2e-2)
+    trainer, recorder = reset_run(
+        tmp_path, callbacks=[best], reset_finish="last", reset_probability=0.4, learning_rate=2e-2
+    )
     callback = trainer.reset_callback
     assert callback.reset_state.anchor_step < 15
     callback.reset_state = replace(callback.reset_state, armed_step=None, learned=0.0, worse=None)

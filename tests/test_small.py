@@ -18,6 +18,7 @@ from hf_reset.anchor.store import AnchorStore
 from hf_reset.config import ResetConfig
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.report import paper as report
+from hf_reset.study.cells import complete
 from hf_reset.study.passages import LinearWalk, linear_record, passage_record
 from hf_reset.study.small import (
     SmallNet,
@@ -169,11 +170,11 @@ def test_passages_from_an_anchor_are_counted_and_censored():
 
 def test_what_the_results_file_has_is_skipped(tmp_path):
     cell = {"arm": "x", "linear": {"noise": 0.4, "distance": 1.0}, "seed": 0}
-    script.complete(tmp_path / "f.json", [cell])
+    complete(tmp_path / "f.json", [cell], script.carry_out)
     written = (tmp_path / "f.json").read_text()
-    script.complete(tmp_path / "f.json", [cell])
+    complete(tmp_path / "f.json", [cell], script.carry_out)
     assert (tmp_path / "f.json").read_text() == written
-    script.complete(tmp_path / "f.json", [cell, {**cell, "seed": 1}])
+    complete(tmp_path / "f.json", [cell, {**cell, "seed": 1}], script.carry_out)
     assert [record["seed"] for record in json.loads((tmp_path / "f.json").read_text())["records"]] == [0, 1]
 
 

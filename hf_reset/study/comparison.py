@@ -28,18 +28,21 @@ class Setting:
         noise_kind: "symmetric", "pair", "instance"; "real" for the labels that annotators or rules gave.
         noise_rate: share of training and validation labels made wrong; 0 for none, and for "real".
         options: what differs from the plan's `defaults`, such as `max_steps`.
+        variant: tells apart settings of one data set and noise; it stands in the name behind the data set.
     """
 
     dataset: str
     noise_kind: str = "symmetric"
     noise_rate: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """Such as "trec-symmetric40", for files and tables."""
         rate = "" if self.noise_kind == "real" else f"{round(100 * self.noise_rate)}"
-        return f"{self.dataset}-{self.noise_kind}{rate}" if rate != "0" else f"{self.dataset}-clean"
+        data = f"{self.dataset}_{self.variant}" if self.variant else self.dataset
+        return f"{data}-{self.noise_kind}{rate}" if rate != "0" else f"{data}-clean"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,26 +46,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the results file")
     parser.add_argument("--metric", default="eval_calibrated_loss", help="what chooses anchors")
     options = parser.parse_args()
     import torch
-    from rich.progress import track
 
-    from hf_reset.files import write_atomic
-    from hf_reset.report.environment import environment_record
+    from hf_reset.study.cells import complete
 
     torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text(encoding="utf-8"))["records"] if RESULTS.is_file() else []
     asked = [
         {**cell, "arm": arm, "seed": seed, "steps": options.steps, "metric": options.metric}
         for cell, seed, arm in itertools.product(CELLS, options.seeds, ARMS)
     ]
-    todo = [one for one in asked if not any(one.items() <= record.items() for record in known)]
-    for one in track(todo, description="runs", console=None, disable=not sys.stderr.isatty()):
-        known.append({**one, **run(**one)})
-        content = {"environment": environment_record(torch.device("cpu")), "arms": ARMS, "records": known}
-        write_atomic(RESULTS, json.dumps(content, indent=1) + "\n")
-    print(table(known))
+    print(table(complete(options.results, asked, lambda cell: run(**cell), arms=ARMS)))
 
 
 def bags(count: int, seed: int) -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,31 +102,15 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from hf_reset.report.paper import draw
+    from hf_reset.study.cells import complete
 
     torch.set_num_threads(1)
     for study in options.study:
         path = options.results / f"{study}.json"
         if not options.draw:
-            complete(path, [{**cell, "seed": seed} for seed in options.seeds for cell in STUDIES[study]()])
+            cells = [{**cell, "seed": seed} for seed in options.seeds for cell in STUDIES[study]()]
+            complete(path, cells, lambda cell: rounded(carry_out(cell)))
         print(draw(study, json.loads(path.read_text(encoding="utf-8"))["records"], path.with_suffix(".png")))
-
-
-def complete(path: Path, asked: list[dict[str, Any]]) -> None:
-    """Carry out the runs that a results file lacks; it is written after each."""
-    import torch
-    from rich.progress import track
-
-    from hf_reset.files import write_atomic
-    from hf_reset.report.environment import environment_record
-
-    known = json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
-    todo = [one for one in asked if not any(one.items() <= record.items() for record in known)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for one in track(todo, description=path.stem, console=None, disable=not sys.stderr.isatty()):
-        known.append({**one, **rounded(carry_out(one))})
-        lines = ",\n".join(json.dumps(record) for record in known)
-        environment = json.dumps(environment_record(torch.device("cpu")))
-        write_atomic(path, f'{{"environment": {environment},\n"records": [\n{lines}\n]}}\n')
 
 
 def carry_out(one: dict[str, Any]) -> dict[str, Any]:
