@@ -5,7 +5,7 @@ import pytest
 
 from hf_reset.report import classification, instructions
 from hf_reset.report.reading import Measure, choice_caveats, compare_arms, never_reset
-from hf_reset.report.tables import named_as_known
+from hf_reset.report.tables import most_suspect_table, named_as_known
 from hf_reset.study.classification import paired_gain
 
 ACCURACY = Measure("test_accuracy", "Accuracy", "points", scale=100, tie=0.005, is_share=True)
@@ -120,12 +120,12 @@ def test_the_report_says_how_many_labels_look_wrong_and_on_what_evidence_resets_
 
 def test_the_most_suspect_rows_are_shown_as_a_table():
     row = {"row": 7, "text": "a  | b", "given": "x", "predicted": "y", "label_quality": 0.0123, "is_wrong": True}
-    table = classification.suspects_table([record("odd", 0, 0.5, most_suspect=[row], suspects_auroc=0.875)])
+    table = most_suspect_table([record("odd", 0, 0.5, most_suspect=[row], suspects_auroc=0.875)])
     assert "| 7 | a \\| b | x | y | 0.012 | yes |" in table
     assert "ROC of 0.875" in table
     del row["is_wrong"]
-    assert "is wrong" not in classification.suspects_table([record("odd", 0, 0.5, most_suspect=[row])])
-    assert classification.suspects_table([record("odd", 0, 0.5)]) == ""
+    assert "is wrong" not in most_suspect_table([record("odd", 0, 0.5, most_suspect=[row])])
+    assert most_suspect_table([record("odd", 0, 0.5)]) == ""
 
 
 def test_the_report_says_why_no_label_was_corrected():

@@ -16,7 +16,7 @@ from hf_reset.report.tables import (
     Column,
     Record,
     markdown_report,
-    markdown_table,
+    most_suspect_table,
     named_as_known,
     print_markdown,
     print_summary,
@@ -42,7 +42,6 @@ CURVES = {
 
 # How far agreement with validation's labels must exceed the share of them that is right, to be no accident.
 _MARGIN = 0.05
-_LETTERS = 90  # of a suspect row's text
 
 
 def write_report(results: Results) -> Path:
@@ -70,7 +69,7 @@ def write_report(results: Results) -> Path:
         figure=figure.name,
         sections={
             "Reading": reading(results.records, clean=clean_known),
-            **({"Most suspect rows": suspects} if (suspects := suspects_table(results.records)) else {}),
+            **({"Most suspect rows": suspects} if (suspects := most_suspect_table(results.records)) else {}),
             "What was measured": _MEASURED + (_LOOKED_AT if clean_known else ""),
         },
     )
@@ -80,28 +79,6 @@ def write_report(results: Results) -> Path:
     print_markdown(suspects)
     print(f"{path} has the report, {results.path} every number.")
     return path
-
-
-def suspects_table(records: Sequence[Record]) -> str:
-    """The rows that the last arm's first run trusts least, in words and a table; empty where no run judged rows."""
-    judged = [record for record in records if record.get("most_suspect")]
-    if not judged:
-        return ""
-    shown = next(record for record in judged if record["arm"] == judged[-1]["arm"])
-    known = any("is_wrong" in row for row in shown["most_suspect"])
-    rows = [
-        [
-            *(str(row["row"]), " ".join(row["text"].split())[:_LETTERS], row["given"], row["predicted"]),
-            f"{row['label_quality']:.3f}",
-            *([("yes" if row["is_wrong"] else "no")] if known else []),
-        ]
-        for row in shown["most_suspect"]
-    ]
-    headings = ["row", "text", "given label", "predicted", "label quality", *(["is wrong"] if known else [])]
-    auroc = shown.get("suspects_auroc")
-    said = f"The training rows that {shown['arm']} (seed {shown['seed']}) trusts least; all are in `suspects.csv`."
-    said += "" if auroc is None else f" Ranked by it, wrong labels stand out with an area under the ROC of {auroc:.3f}."
-    return f"{said}\n\n{markdown_table(headings, rows)}"
 
 
 def write_card(folder: str | Path, records: Sequence[Record], asked: Record) -> Path:

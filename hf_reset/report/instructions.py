@@ -16,7 +16,9 @@ from hf_reset.report.tables import (
     arms_of,
     markdown_report,
     markdown_table,
+    most_suspect_table,
     named_as_known,
+    print_markdown,
     print_summary,
 )
 
@@ -25,6 +27,7 @@ COLUMNS = (
     Column("test_loss_best", "clean test loss, best"),
     Column("test_token_accuracy_last", "token accuracy, last"),
     Column("response_memory_last", "memory of wrong responses"),
+    Column("suspects_auroc", "wrong responses among suspects (AUROC)"),
     Column("rouge_l_last", "ROUGE-L, last"),
     Column("exact_match_last", "exact match, last"),
 )
@@ -50,6 +53,8 @@ def write_report(results: Results) -> Path:
     title = title_of(asked)
     figure = plot_runs(records, _panels(asked), results.path.with_name("curves.png"), title=title)
     sections = {"Reading": reading(records, clean=clean)}
+    if suspects := most_suspect_table(records, "wrong responses"):
+        sections["Most suspect responses"] = suspects
     if samples := samples_table(records, clean=clean):
         sections["Generated at the last step"] = samples
     report = markdown_report(
@@ -65,6 +70,7 @@ def write_report(results: Results) -> Path:
     )
     path = write_atomic(results.path.with_name("report.md"), report)
     print_summary(records, columns)
+    print_markdown(suspects)
     print(f"{path} has the report, {results.path} every number.")
     return path
 

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 Record: TypeAlias = Mapping[str, Any]
 """What one run gave, or was asked: names to JSON-plain values."""
 
+_LETTERS = 90  # of a suspect row's text
+
 
 @dataclass(frozen=True)
 class Column:
@@ -96,6 +98,32 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     """A Markdown table; a pipe within a cell is escaped."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def most_suspect_table(records: Sequence[Record], what: str = "wrong labels") -> str:
+    """The training rows that the last arm's first run trusts least, in words and a table; empty where none was judged.
+
+    Args:
+        records: with `most_suspect` and `suspects_auroc` of `hf_reset.study.suspects`.
+        what: looks suspect.
+    """
+    judged = [record for record in records if record.get("most_suspect")]
+    if not judged:
+        return ""
+    shown = next(record for record in judged if record["arm"] == judged[-1]["arm"])
+    names = list(shown["most_suspect"][0])
+    rows = [[_suspect_cell(row.get(name)) for name in names] for row in shown["most_suspect"]]
+    headings = [{"given": "given label"}.get(name, name.replace("_", " ")) for name in names]
+    auroc = shown.get("suspects_auroc")
+    said = f"The training rows that {shown['arm']} (seed {shown['seed']}) trusts least; all are in `suspects.csv`."
+    said += "" if auroc is None else f" Ranked by it, {what} stand out with an area under the ROC of {auroc:.3f}."
+    return f"{said}\n\n{markdown_table(headings, rows)}"
+
+
+def _suspect_cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).split())[:_LETTERS]
 
 
 def print_summary(records: Sequence[Record], columns: Sequence[Column]) -> None:

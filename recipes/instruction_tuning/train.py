@@ -270,6 +270,7 @@ def train_and_measure(
     from hf_reset.study.instructions import chat_tokenizer
     from hf_reset.study.runs import best_weights, fresh_engine, save_final_model, train_run
     from hf_reset.study.splits import at_most
+    from hf_reset.study.suspects import responses_found
 
     fresh_engine()
     args = arguments_of(training, arm, seed)
@@ -292,7 +293,7 @@ def train_and_measure(
     record |= measure(options, trainer, data, splits, tokenizer, "last")
     with best.swapped():
         record |= measure(options, trainer, data, splits, tokenizer, "best")
-    record |= trajectory(trainer, data, best)
+    record |= trajectory(trainer, data, best) | responses_found(trainer, data, splits["train"]["row"])
     if options.save_model:
         save_final_model(trainer, training.reset_finish, best, f"{args.output_dir}/model")
     return record
