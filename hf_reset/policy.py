@@ -57,6 +57,8 @@ class ResetState:
         anchor_metric: the metric at the anchor.
         evaluations_since_best: evaluations since the last new best.
         armed_step: optimizer steps done when resets began; None: they have not. They never end again.
+        evaluated_step: optimizer steps done at the last evaluation.
+        anchor_before: the metric at the evaluation before the anchor's, with `smooth`.
         armed_margin: `worse` at that evaluation; None where resets did not begin on evidence.
         resets: how many resets there have been.
         last_reset_step: index of the last step that ended in a reset.
@@ -84,6 +86,8 @@ class ResetState:
     fruitless: int = 0
     stretch: int = 0
     armed_margin: float | None = None
+    evaluated_step: int | None = None
+    anchor_before: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", tuple(self.values))  # JSON makes a list of it
@@ -98,6 +102,18 @@ class ResetState:
     def armed(self) -> bool:
         """Whether resets have begun."""
         return self.armed_step is not None
+
+    def before(self, step: int) -> float | None:
+        """The metric at the evaluation before one after `step` steps, on the way that led there.
+
+        After a reset that way begins at the anchor; weights that a reset has just put back have come the anchor's own.
+        None at the first evaluation.
+        """
+        if self.evaluated_step is None:
+            return None
+        if self.last_reset_step is None or self.last_reset_step < self.evaluated_step:
+            return self.values[-1]
+        return self.anchor_before if self.last_reset_step == step - 1 else self.anchor_metric
 
     def after_reset(self, step: int) -> ResetState:
         """The state once step `step` has ended in a reset.
@@ -138,7 +154,8 @@ def observe(
     Where an evaluation has no rows to compare, the sequence of its values stands in, see `sequence_margin`.
 
     Args:
-        config: the configuration; `patience`, `min_delta`, `anchor`, and for "auto" `probability` and `policy`.
+        config: the configuration; `patience`, `min_delta`, `smooth`, `anchor`, and for "auto" `probability` and
+            `policy`.
         state: what has happened so far.
         metric: the value of the metric; one that is not finite is never a best.
         step: optimizer steps done.
@@ -150,15 +167,18 @@ def observe(
     Returns:
         The new state, and whether the anchor moves to the weights just evaluated.
     """
-    state = replace(state, values=(*state.values, metric))
-    improved = is_better(metric, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
+    before = state.before(step) if config.smooth else None
+    judged = metric if before is None else (metric + before) / 2
+    state = replace(state, values=(*state.values, metric), evaluated_step=step)
+    improved = is_better(judged, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
     if config.probability == "auto":
         state = replace(state, plan=_planned(config, state, step, improved))
     if improved:
         moved = config.anchor == "best" or not state.armed
-        state = replace(state, best=metric, evaluations_since_best=0, worse=None)
+        state = replace(state, best=judged, evaluations_since_best=0, worse=None)
         if moved:
-            state = replace(state, anchor_step=step, anchor_metric=metric, harmed=False, fruitless=0, stretch=0)
+            state = replace(state, anchor_step=step, anchor_metric=metric, anchor_before=before)
+            state = replace(state, harmed=False, fruitless=0, stretch=0)
     else:
         moved = False
         worse = sequence_margin(state.values, greater_is_better=greater_is_better) if worse is None else worse

@@ -54,6 +54,32 @@ def test_a_resumed_run_knows_the_best_of_before(tmp_path):
     assert loss == pytest.approx(whole.best)
 
 
+@pytest.mark.parametrize("resume", [None, "checkpoint-6", "checkpoint-9"])
+def test_smooth_weights_are_the_anchor_of_a_run_that_smooths(tmp_path, resume):
+    """Through resets, and after a resume between them: the way that counts is the one that weights have come."""
+    options = {"reset_probability": 0.4, "reset_patience": 0, "reset_smooth": True, "reset_finish": "last"}
+    options |= {"learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 3}
+
+    def train(checkpoint):
+        best = BestWeightsCallback(ResetConfig(smooth=True), path=tmp_path / "best.safetensors")
+        return best, *reset_run(tmp_path, callbacks=[best], resume=checkpoint, **options)
+
+    best, trainer, _ = train(None)
+    events = trainer.reset_callback.events
+    assert [event["kind"] for event in events].count("reset") > 1
+    if resume is not None:
+        best, trainer, _ = train(str(tmp_path / resume))
+        assert trainer.reset_callback.events == events
+    state = trainer.reset_callback.reset_state
+    assert (best.best, best.step) == (state.best, state.anchor_step)
+    logged = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert state.best > min(logged)
+    with best.swapped():
+        found = weights(trainer.model)
+    with trainer.reset_callback.store.swapped():
+        assert equal(weights(trainer.model), found)
+
+
 def test_no_evaluation_no_best():
     with (
         pytest.raises(MetricError, match="No evaluation gave a finite metric"),

@@ -57,6 +57,7 @@ def test_config_is_frozen_and_json_plain():
         ("min_delta", -1.0, "`min_delta` must be a finite number of at least 0, got -1.0"),
         ("min_delta", math.inf, "`min_delta` must be a finite number"),
         ("metric", "", "`metric` must be the name of an evaluation result or None"),
+        ("smooth", 2, "`smooth` must be True, False or None, got 2"),
         ("greater_is_better", "yes", "`greater_is_better` must be True, False or None, got 'yes'"),
         ("scope", "last:0", '`scope` "last:K" needs a whole K of at least 1'),
         ("scope", "last:x", '`scope` "last:K" needs a whole K of at least 1'),
@@ -350,3 +351,44 @@ def test_numbers_of_numpy_are_numbers():
     )
     assert config == ResetConfig(probability=0.25, patience=2, min_delta=0.5, greater_is_better=True)
     assert all(type(value).__module__ == "builtins" for value in (config.probability, config.patience))
+
+
+SMOOTH = ResetConfig(probability=1.0, smooth=True, patience=None)
+
+
+def test_smooth_judges_by_the_mean_with_the_evaluation_before():
+    """By hand: 4, then means 3, 2.5, 3, 2.25 and 2.5; unsmoothed, the dip at the second would stay until the fifth."""
+    anchors, _, state = run(ResetConfig(smooth=True), [4.0, 2.0, 3.0, 3.0, 1.5, 3.5], every=1, steps=6)
+    assert anchors == [1, 2, 3, 5]
+    assert (state.best, state.anchor_metric, state.anchor_before) == (2.25, 1.5, 3.0)
+
+
+def test_the_way_after_a_reset_begins_at_the_anchor():
+    state = ResetState()
+    for step, value in [(10, 4.0), (20, 2.0), (30, 5.0)]:
+        state, _ = observe(SMOOTH, state, value, step, greater_is_better=False)
+    assert (state.anchor_step, state.best, state.anchor_metric, state.anchor_before) == (20, 3.0, 2.0, 4.0)
+    state = state.after_reset(34)
+    assert state.before(35) == 4.0, "the anchor, evaluated again at once, has come its own way"
+    assert state.before(40) == 2.0, "what comes later has come from the anchor"
+    same, moved = observe(SMOOTH, state, 2.0, 35, greater_is_better=False)
+    assert not moved
+    assert same.before(45) == 2.0
+    later, moved = observe(SMOOTH, same, 3.9, 45, greater_is_better=False)
+    assert moved
+    assert later.best == (2.0 + 3.9) / 2
+
+
+def test_a_diverged_evaluation_is_never_averaged_into_a_best():
+    state = ResetState()
+    for step, value in enumerate([3.0, math.nan, 1.0, 1.5]):
+        state, moved = observe(SMOOTH, state, value, step + 1, greater_is_better=False)
+        assert moved == (step in (0, 3))
+    assert state.best == 1.25
+
+
+def test_without_smooth_nothing_is_averaged():
+    for value in (None, False):
+        anchors, _, state = run(ResetConfig(smooth=value), [4.0, 2.0, 3.0, 1.9], every=1, steps=4)
+        assert anchors == [1, 2, 4]
+        assert state.best == state.anchor_metric == 1.9

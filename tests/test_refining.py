@@ -111,7 +111,14 @@ def test_wrong_weights_are_refused(tmp_path, weights):
 
 # Refinement
 
-REFINE = {"max_steps": 90, "eval_steps": 15, "logging_steps": 15, "reset_patience": 0, "reset_probability": 0.05}
+REFINE = {
+    "reset_smooth": False,
+    "max_steps": 90,
+    "eval_steps": 15,
+    "logging_steps": 15,
+    "reset_patience": 0,
+    "reset_probability": 0.05,
+}
 
 
 def refined_run(folder, mode, *, made=None, resume=None, **more):
@@ -203,8 +210,23 @@ def test_a_run_that_refines_chooses_by_the_calibrated_loss_unless_a_metric_is_na
     assert trainer.reset_callback.reset_state.best == min(losses)
     trainer, _ = refined_run(tmp_path / "named", "soft", max_steps=30, reset_metric="eval_loss")
     assert trainer.reset_callback.config.metric == "eval_loss"
-    trainer, _ = refined_run(tmp_path / "off", "off", max_steps=30)
+    trainer, _ = refined_run(tmp_path / "off", "off", max_steps=30, reset_smooth=None)
     assert trainer.reset_callback.config.metric is None
+    assert trainer.reset_callback.config.smooth is None
+
+
+def test_a_run_that_refines_judges_by_the_mean_of_two_evaluations_unless_told_otherwise(tmp_path):
+    trainer, _ = refined_run(tmp_path, "soft", max_steps=60, reset_smooth=None)
+    assert trainer.reset_callback.config.smooth is True
+    moves = [event for event in trainer.reset_callback.events if event["kind"] == "anchor"]
+    losses = {r["step"]: r["eval_calibrated_loss"] for r in trainer.state.log_history if "eval_calibrated_loss" in r}
+    steps = sorted(losses)
+    assert len(moves) > 1
+    for event in moves[1:]:  # before any reset, the evaluation before is the one before
+        before = losses[steps[steps.index(event["anchor_step"]) - 1]]
+        assert event["judged"] == (losses[event["anchor_step"]] + before) / 2
+        assert event["metric"] == losses[event["anchor_step"]]
+    assert [event["judged"] for event in moves] == sorted((event["judged"] for event in moves), reverse=True)
 
 
 def test_refined_resume_is_exact(tmp_path):

@@ -2,7 +2,8 @@
 
 The baseline is what a user has already: plain training, and the checkpoint that noisy validation chooses by its
 loss or by its accuracy, whichever is better on that setting over its seeds. Other methods are read likewise; those
-with resets or refinement by the calibrated loss, everywhere alike, since it is what they are run with.
+with resets or refinement by the calibrated loss, everywhere alike, since it is what they are run with ("smoothed": by
+its mean with the evaluation before, `ResetConfig.smooth`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hf_reset.report.results import value_at
 from hf_reset.report.tables import Record, markdown_table, mean_and_sd, spread_text
 
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
+_SHOWN = {"smoothed": "calibrated, smooth"}
 _TIE = 0.005  # of accuracy: differences below half a point count as none
 _RESAMPLES = 10_000
 _MOST_COLUMNS = 4  # settings beyond which a row a method would be too wide to read; `cells_table` has them then
@@ -31,8 +33,8 @@ class Line:
 
     Attributes:
         arm: its name.
-        reading: what chose its checkpoint: "loss", "accuracy", "calibrated", "last", or "loss/accuracy" for the
-            stronger of the two on each setting.
+        reading: what chose its checkpoint: "loss", "accuracy", "calibrated", "smoothed", "last", or "loss/accuracy"
+            for the stronger of the two on each setting.
         cells: setting to the clean test accuracies of its seeds, seed to value.
     """
 
@@ -136,11 +138,12 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
 
     Methods with resets or refinement are read by the calibrated loss, which chose their anchors, and by noisy accuracy.
     """
-    found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", "calibrated")]
+    own = [way for way in ("calibrated", "smoothed") if any(way in record["test_accuracy"] for record in records)]
+    found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", *own)]
     for arm in dict.fromkeys(record["arm"] for record in records):
         if arm != "plain":
             ours = any(record["is_ours"] for record in records if record["arm"] == arm)
-            readings = ("calibrated", "accuracy") if ours else ("/".join(CLASSIC),)
+            readings = (own[-1], "accuracy") if ours else ("/".join(CLASSIC),)
             found += [line(records, arm, reading) for reading in readings]
     return found
 
@@ -171,7 +174,7 @@ def comparison_table(records: Sequence[Record], settings: Sequence[str] | None =
         rows.append(
             [
                 one.arm,
-                one.reading,
+                _SHOWN.get(one.reading, one.reading),
                 str(gap.wins + gap.ties + gap.losses),
                 *cells,
                 f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
@@ -244,6 +247,8 @@ def choices_table(records: Sequence[Record]) -> str:
     The fit is that of the evaluation that it chose; beside it the share of validation labels that are wrong.
     """
     ways = (*CLASSIC, "calibrated")
+    if any("smoothed" in record["test_accuracy"] for record in records):
+        ways = (*ways, "smoothed")
     rows, means = [], []
     for setting in settings_of(records):
         cell = [r for r in records if r["setting"]["name"] == setting and r["arm"] == "plain"]
@@ -261,13 +266,12 @@ def choices_table(records: Sequence[Record]) -> str:
         )
     if means:
         rows.append(["mean", "", *(f"{statistics.fmean(column):.3f}" for column in zip(*means, strict=True)), "", ""])
-    return markdown_table(
-        ["setting", "seeds", *(f"chosen by {way}" for way in ways), "noise fitted", "labels wrong"], rows
-    )
+    chosen = [f"chosen by {_SHOWN.get(way, way)}" for way in ways]
+    return markdown_table(["setting", "seeds", *chosen, "noise fitted", "labels wrong"], rows)
 
 
 def _named(one: Line) -> str:
-    said = {"last": ", last", "accuracy": ", by accuracy"}
+    said = {"last": ", last", "accuracy": ", by accuracy"}  # else by what it is run with
     return one.arm + said.get(one.reading, "")
 
 
@@ -318,7 +322,8 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
             axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
             axis.plot([gap.mean], [height], "D", color="black", ms=5)
     axis.axvline(0, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
+    names = [f"{one.arm} (by {_SHOWN.get(one.reading, one.reading)})" for one in reversed(lines)]
+    axis.set_yticks(range(len(lines)), names, fontsize=8)
     axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
     # Colours say the data, shapes what is done to the labels.
     colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}

@@ -54,6 +54,16 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool, refines: 
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
+def settle_smoothing(training: Any) -> None:
+    """Let all arms of a study that refines judge weights alike, as `ResetTrainer` would those of the refining one.
+
+    Args:
+        training: the study's arguments; `reset_smooth` is set unless somebody did.
+    """
+    if training.reset_smooth is None and training.reset_refine != "off" and training.reset_evaluation == "full":
+        training.reset_smooth = True
+
+
 def arguments_of(training: Any, arm: Arm, seed: int) -> Any:
     """The arguments of one run: its own folder and seed, and what the arm overrides.
 

@@ -53,7 +53,8 @@ class StochasticResetCallback(TrainerCallback):
             the first anchor. Where weights are sharded, over this rank's share.
         anchor_step: optimizer steps done when that anchor was taken.
         margin: of an anchor move whose rows are known, how much better they are than the anchor's before, in standard
-            errors of the paired difference, below 0.
+            errors of the paired difference, below 0 (with `smooth`, mostly).
+        judged: of an anchor move with `smooth`, the mean by which it was better.
         probability: in a plan, the r chosen; with the `excursions` and `improvements` behind it, older ones
             counting less.
 
@@ -318,7 +319,8 @@ class StochasticResetCallback(TrainerCallback):
                 self._take_in(changes, live)
             distance = self.store.distance() if self.store.is_set else None
             self.store.snapshot()
-        self.record(state, "anchor", distance, **({} if margin is None else {"margin": margin}))
+        known = {"margin": margin, "judged": self.reset_state.best if self.config.smooth else None}
+        self.record(state, "anchor", distance, **{name: value for name, value in known.items() if value is not None})
 
     def _take_in(self, changes: list[str], live: HookKeywords) -> None:
         """Parameters were unfrozen, frozen, added or replaced since the last anchor: the next is of those there are."""

@@ -83,7 +83,7 @@ def gain(state: ResetState, watch: MetricWatch, events: Sequence[Entry]) -> floa
     if state.armed_step is None or state.best is None:
         return None
     moves = [event for event in events if event["kind"] == "anchor" and event["step"] <= state.armed_step]
-    before = moves[-1]["metric"] if moves else None
+    before = moves[-1].get("judged", moves[-1]["metric"]) if moves else None
     if before is None:
         return None
     return state.best - before if watch.greater_is_better else before - state.best

@@ -39,6 +39,11 @@ def refuse_unraceable(trainer: Trainer, resets: StochasticResetCallback) -> None
             '`reset_evaluation="paired"` asks whether weights beat the anchor, and this run keeps none: `probability` '
             'is 0 and `finish` is "last". Set one of them, or `reset_evaluation` to "full".'
         )
+    if resets.config.smooth:
+        raise ConfigError(
+            '`reset_evaluation="paired"` ends an evaluation that cannot beat the anchor by itself, so there is '
+            'nothing to average with: set `smooth` (`reset_smooth`) to False, or `reset_evaluation` to "full".'
+        )
     reason = _no_rows(trainer, resets) or _wants_all_rows(trainer)
     if reason is not None:
         raise UnsupportedError(f'`reset_evaluation="paired"` cannot be had: {reason}, or set it to "full".')

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from hf_reset.study.comparison import Plan, Run
     from hf_reset.study.tail import LowerLayers
 
-READINGS = {"loss": "eval_cross_entropy", "accuracy": "eval_accuracy", "calibrated": "eval_calibrated_loss"}
+READINGS = {
+    "loss": "eval_cross_entropy",
+    "accuracy": "eval_accuracy",
+    "calibrated": "eval_calibrated_loss",
+    "smoothed": "eval_calibrated_loss",  # its mean with the evaluation before
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -219,10 +224,15 @@ def raw_splits(dataset: str, data_dir: str) -> dict[str, Any]:
         file = Path(data_dir) / dataset / f"{split}.jsonl.gz"
         if file.is_file():
             with gzip.open(file, "rt", encoding="utf-8") as lines:
-                splits[split] = Dataset.from_list([json.loads(line) for line in lines])
+                splits[split] = Dataset.from_list([classified(json.loads(line)) for line in lines])
     if "train" not in splits:
         raise DataError(f"there is no data set {dataset!r} in {data_dir!r}. Give its folder with --data_dir.")
     return splits
+
+
+def classified(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `text` and `label`; of instruction data (dolly), the instruction and its category."""
+    return {"text": row["instruction"], "label": row["category"]} if "category" in row else row
 
 
 @lru_cache(maxsize=1)
@@ -251,7 +261,7 @@ def train_once(
     for name, best in bests.items():
         with best.swapped():
             record["test_accuracy"][name] = accuracy_of(trainer, test, truth)
-            if name == "calibrated":
+            if name == "smoothed":
                 record |= suspects_by_loss(trainer, data, known)
     record["best_step"] = {name: best.step for name, best in bests.items()}
     return record | trajectory(trainer, data)
@@ -293,7 +303,9 @@ def build(
         **settings,
     )
     bests = {
-        name: BestWeightsCallback(ResetConfig(metric=key, greater_is_better=name == "accuracy"))
+        name: BestWeightsCallback(
+            ResetConfig(metric=key, greater_is_better=name == "accuracy", smooth=name == "smoothed")
+        )
         for name, key in READINGS.items()
     }
     trainer = ResetTrainer(
