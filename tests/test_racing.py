@@ -213,6 +213,7 @@ REFUSED = {
     "plateau": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "ReduceLROnPlateau sets the learning rate"),
     "early stopping": ({"callbacks": [EarlyStoppingCallback(1)], "metric_for_best_model": "loss"}, "EarlyStopping"),
     "another loss": ({"reset_loss": "gce", "reset_metric": "eval_loss"}, "`eval_loss` is another loss"),
+    "an average": ({"reset_smooth": True}, "there is nothing to average with: set `smooth`"),
     "no anchor": ({"reset_probability": 0.0, "reset_finish": "last"}, "this run keeps none"),
     "excursions without resets": (
         {"reset_evaluation": "full", "reset_evaluation_at": "excursion", "reset_probability": 0.0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -132,6 +134,31 @@ def test_plain_beside_reset_from_end_to_end(folder, tmp_path, capsys):
     assert "No test split was given: 8 of 90 training rows were taken for it." in report
     assert (out / "curves.png").stat().st_size > 1000
     assert "clean test" in capsys.readouterr().out
+
+
+def test_a_run_that_refines_has_an_arm_of_its_own_and_lists_the_suspect_responses(folder, tmp_path):
+    more = {"max_steps": 18, "eval_steps": 6, "reset_refine": "soft", "compare": True}
+    results = recipe.run(options(folder, tmp_path, **more))
+    plain, reset, refined = results["records"]
+    assert [plain["arm"], reset["arm"], refined["arm"]] == ["plain", "reset", "reset + refine"]
+    losses = [loss for _, loss in plain["history"]["validation_loss"]]
+    means = [losses[0], *((a + b) / 2 for a, b in itertools.pairwise(losses))]
+    assert plain["best_metric"] == min(means), "all arms judge alike"
+    for record in (plain, reset):
+        assert "most_suspect" not in record, "only a run that refines has a memory of responses"
+    worst = refined["most_suspect"]
+    assert len(worst) == 10
+    assert [row["label_quality"] for row in worst] == sorted(row["label_quality"] for row in worst)
+    assert 0 <= refined["suspects_auroc"] <= 1
+    table = pd.read_csv(tmp_path / "reset+refine-seed0" / "suspects.csv", index_col="row")
+    assert len(table) == 24
+    assert table["is_wrong"].sum() == refined["train_corrupted"]
+    assert {"prompt", "response", "label_quality", "loss", "reference_loss", "rank"} <= set(table.columns)
+    for row in worst:
+        assert table.loc[row["row"], "response"] == row["response"]
+    report = (tmp_path / "report.md").read_text()
+    assert "Most suspect responses" in report
+    assert worst[0]["response"][:40] in report
 
 
 def test_the_saved_adapter_is_the_best_one_and_loads_by_itself(folder, tmp_path):
