@@ -240,7 +240,7 @@ class Recommendation:
         evaluation_interval: optimizer steps between evaluations.
         excursions: how many the advice rests on.
         improvements: how many of these ended with a new best.
-        hazard: "falling", "rising", or "unknown".
+        hazard: "falling", "rising" (or level: not enough of a fall for resets to pay), or "unknown".
         reason: in words.
     """
 
@@ -339,8 +339,8 @@ def _reason(excursions: Sequence[Excursion], probability: float, shape: str) -> 
         )
     if shape == "rising":
         return (
-            f"The longer an excursion lasts, the likelier an evaluation is a new best ({improved} improvements in "
-            f"{len(excursions)} excursions): a reset would throw away progress. Do not reset; keep the best weights."
+            f"New bests are not rarer late in an excursion than early ({improved} improvements in {len(excursions)} "
+            "excursions): a reset would throw away progress. Do not reset; keep the best weights."
         )
     return (
         f"New bests come early in an excursion or not at all ({improved} improvements in {len(excursions)} "
