@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_reset.errors import ConfigError
 from hf_reset.report.results import run_folder
+
+if TYPE_CHECKING:
+    from hf_reset.training.arguments import ResetArguments
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool, refines: 
     return [(arm, seed) for seed in seeds for arm in arms]
 
 
-def settle_smoothing(training: Any) -> None:
+def settle_smoothing(training: ResetArguments) -> None:
     """Let all arms of a study that refines judge weights alike, as `ResetTrainer` would those of the refining one.
 
     Args:

@@ -6,17 +6,20 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hf_reset.files import write_atomic
+
+Cell: TypeAlias = dict[str, Any]
+"""What is asked of a run, and once it has run also what it gave: names to JSON-plain values."""
 
 
 def complete(
     path: Path,
-    asked: Iterable[dict[str, Any]],
-    carry_out: Callable[[dict[str, Any]], Mapping[str, Any]],
+    asked: Iterable[Cell],
+    carry_out: Callable[[Cell], Mapping[str, object]],
     **content: object,
-) -> list[dict[str, Any]]:
+) -> list[Cell]:
     """Carry out the cells that a results file lacks; it is written after each.
 
     Args:

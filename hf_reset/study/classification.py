@@ -16,7 +16,6 @@ from scipy.special import log_softmax
 
 from hf_reset.errors import ConfigError, DataError
 from hf_reset.noise.labels import NoiseKind, corrupt_labels
-from hf_reset.study.arms import settle_smoothing
 from hf_reset.study.columns import Columns, Label, read_rows
 from hf_reset.study.splits import refuse_same_rows, take_split
 
@@ -87,16 +86,14 @@ def parse_matrix(text: str | None) -> Sequence[Sequence[float]] | None:
 
 
 def settle_metric(training: ResetTrainingArguments) -> None:
-    """Say what chooses anchors and best weights, in all arms alike: where labels are refined, the calibrated loss.
+    """Name what chooses anchors and the best weights, in all arms alike: of a study that refines, the calibrated loss.
 
     Args:
-        training: the study's arguments; where `reset_refine` is on, `reset_metric` and `reset_smooth` are set unless
-            somebody did.
+        training: the study's arguments; `reset_metric` is set where nobody named a metric and `reset_refine` is on.
 
     Raises:
         ConfigError: it is a figure on clean labels, which is only there to be looked at.
     """
-    settle_smoothing(training)
     if training.reset_metric is None and training.metric_for_best_model is None and training.reset_refine != "off":
         training.reset_metric = "eval_calibrated_loss"
     if "clean" in (training.reset_metric or training.metric_for_best_model or ""):

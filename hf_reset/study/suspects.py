@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_reset.errors import DataError
 from hf_reset.files import write_atomic
@@ -67,7 +67,7 @@ def responses_found(trainer: ResetTrainer, data: InstructionData, rows: Sequence
 
 
 def _found(
-    trainer: Any, table: pd.DataFrame, is_wrong: Sequence[bool] | None, shown: Sequence[str]
+    trainer: ResetTrainer, table: pd.DataFrame, is_wrong: Sequence[bool] | None, shown: Sequence[str]
 ) -> dict[str, object]:
     if is_wrong is not None:
         table["is_wrong"] = is_wrong

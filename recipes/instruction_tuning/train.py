@@ -159,14 +159,12 @@ def check(options: InstructionTuningArguments, training: Any) -> None:
         ConfigError: two options contradict each other, or one asks for what this machine does not have.
     """
     from hf_reset.losses.by_name import named_loss
-    from hf_reset.study.arms import settle_smoothing
     from hf_reset.study.models import refuse_4bit, refuse_gguf
 
     if options.loss is not None:
         named_loss(options.loss)  # refused by the name of the option that was given
         training.reset_loss, training.reset_loss_options = options.loss, options.loss_options
     training.loss_options()
-    settle_smoothing(training)
     if options.load_in_4bit:
         refuse_4bit(options.model_name_or_path is None or options.full_finetuning)
     refuse_gguf(options)
