@@ -10,6 +10,7 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TRAIN, VALIDATION, Recorder, arguments, bert, callback, equal, reset_run, steps_of, weights
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from hf_reset import (
     ResetArguments,
@@ -68,6 +69,18 @@ def test_a_skipped_step_leaves_the_model_in_training_mode(tmp_path):
     trainer, _ = reset_run(tmp_path, callbacks=[Modes()], eval_steps=1, **RESET)
     assert steps_of(trainer.reset_callback.events, "reset")
     assert modes == [True] * 15
+
+
+def test_no_step_is_skipped_of_adafactor_that_sets_its_own_rate(tmp_path):
+    """Its schedule asks the gradients whether there is a rate yet, and would log 0."""
+    trainer, _ = reset_run(tmp_path, train=False, reset_probability=0.5, reset_patience=0, logging_steps=1)
+    optimizer = Adafactor(trainer.model.parameters(), lr=None, relative_step=True, warmup_init=True)
+    trainer.optimizer, trainer.lr_scheduler = optimizer, AdafactorSchedule(optimizer)
+    trainer.train()
+    assert trainer.reset_callback.reset_state.resets > 2
+    rates = [record["learning_rate"] for record in trainer.state.log_history if "learning_rate" in record]
+    assert len(rates) == 15
+    assert min(rates[1:]) > 0, "the first is from before the first step"
 
 
 def test_no_step_is_skipped_under_a_gradient_scaler(tmp_path):

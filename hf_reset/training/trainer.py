@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import AdafactorSchedule
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from hf_reset.anchor.ranks import gathered, together
@@ -271,6 +272,7 @@ class ResetTrainerMixin(RacingMixin):
             and not self.is_deepspeed_enabled
             and callback.store.layout != "flat"  # FSDP1 wants its backward
             and not callback.store.needs_gradients
+            and not isinstance(self.lr_scheduler, AdafactorSchedule)  # without a gradient it would say a rate of 0
         )
 
     def _note_loss(self, loss: Tensor) -> None:
