@@ -56,6 +56,8 @@ def table(name: str) -> str:
         return STUDY[name](read_records(RESULTS / "studies" / "comparison"))
     if name == "auto":
         return paper.auto_table(read_records(RESULTS / "studies" / "auto"))
+    if name == "racing_clock":
+        return paper.auto_table(read_records(RESULTS / "studies" / name), seconds=True)
     if name.startswith("paper_"):
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"

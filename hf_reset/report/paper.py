@@ -62,11 +62,18 @@ def table(study: str, records: Sequence[Record]) -> str:
     return _gain_table(records) if "group" in records[0] else summary_table(records, _COLUMNS)
 
 
-def auto_table(records: Sequence[Record]) -> str:
-    """The Markdown table of the study of `probability="auto"`, whose records are those of `recipes/studies/run.py`."""
+def auto_table(records: Sequence[Record], *, seconds: bool = False) -> str:
+    """The Markdown table of the study of `probability="auto"`, and of others without plain training.
+
+    Args:
+        records: of `recipes/studies/run.py`.
+        seconds: whether the time that training took is a column.
+    """
     columns = [
         Column(key, f"clean test, {text}") for key, text in (("calibrated", "best checkpoint"), ("last", "last step"))
     ]
+    more = [("resets", "resets"), ("evaluations", "evaluations to the end")]
+    more += [("train_seconds", "seconds")] if seconds else []
     flat = [
         {**record, **record["test_accuracy"], "evaluations": len(record["history"]["calibrated_loss"])}
         for record in records
@@ -74,7 +81,7 @@ def auto_table(records: Sequence[Record]) -> str:
     named = [{**record, "arm": f"{record['setting']['name']}, {record['arm']}"} for record in flat]
     return summary_table(
         sorted(named, key=lambda record: record["setting"]["name"]),
-        [*columns, Column("resets", "resets", digits=0), Column("evaluations", "evaluations", digits=0)],
+        [*columns, *(Column(key, text, digits=0) for key, text in more)],
     )
 
 
