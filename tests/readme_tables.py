@@ -110,7 +110,15 @@ def _overhead(result: dict) -> str:
         for scope, cost in result["anchor"].items()
     ]
     heading = ["scope", "anchor, of the weights' bytes (with optimizer state)", "snapshot, in steps", "reset, in steps"]
-    return f"{steps}\n\n{markdown_table(heading, rows)}"
+    tables = [steps, markdown_table(heading, rows)]
+    beside = [[f"`{name}`", f"{100 * share:.1f} %"] for name, share in result.get("diagnostics_steps", {}).items()]
+    if "row_memory" in result:
+        memory = result["row_memory"]
+        share = memory["numbering_steps"] + memory["visit_and_share_steps"]
+        beside.insert(0, ["row memory (`ResetTrainer`)", f"{100 * share:.1f} %"])
+    if beside:
+        tables.append(markdown_table(["beside a step", "of a stock step, on average"], beside))
+    return "\n\n".join(tables)
 
 
 def _resets(result: dict) -> str:

@@ -8,7 +8,7 @@ Each round trains every arm once, in an order that changes from round to round, 
 step of an arm with the stock median of the same round. Where steps of one arm vary by more than that from round to
 round, the time inside the callback's own hooks says it better: resets, snapshots and decisions, a step on average,
 in units of a stock step. Beside it, the time of one snapshot and of one reset, and the bytes that the anchor holds;
-and what a row memory, which the trainer arm has, adds to a step.
+what a row memory, which the trainer arm has, adds to a step; and what each diagnostic takes in its hooks.
 
     python recipes/benchmarks/overhead.py                                # 6-layer BERT on CPU, about 5 minutes
     python recipes/benchmarks/overhead.py --hidden_size 768 --layers 12  # BERT-base, for a GPU
@@ -28,9 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import nn
+    from transformers import TrainingArguments
 
 ARMS = ("stock", "callback_off", "callback", "trainer")
+DIAGNOSTICS = ("GradientPartsCallback", "LabelMemoryCallback", "ExcursionDiffusionCallback")  # by their defaults
 
 
 def main() -> None:
@@ -75,6 +78,7 @@ def main() -> None:
         "hooks_in_stock_steps": {arm: statistics.median(hooks[arm]) / stock for arm in ARMS[1:]},
         "anchor": costs,
         "row_memory": (remembering := memory_costs(options, stock)),
+        "diagnostics_steps": {name: diagnostic_cost(name, options) / stock for name in DIAGNOSTICS},
     }
     file = options.results / f"overhead_{device.type}.json"
     write_atomic(file, json.dumps(result, indent=2) + "\n")
@@ -85,6 +89,8 @@ def main() -> None:
         f"row memory {remembering['memory_bytes']:>10,} bytes; of a stock step: numbering "
         f"{remembering['numbering_steps']:.4f}, visit and share {remembering['visit_and_share_steps']:.4f}"
     )
+    for name, share in result["diagnostics_steps"].items():
+        print(f"{name} {share:.4f} of a stock step, on average over the steps")
     for scope, cost in costs.items():
         print(
             f"{scope:<8} anchor {cost['anchor_bytes']:>12,} bytes; in stock steps: snapshot "
@@ -110,11 +116,42 @@ def model_of(options: argparse.Namespace) -> nn.Module:
     )
 
 
+def rows_of(options: argparse.Namespace) -> Dataset:
+    """Training rows enough for all steps."""
+    import torch
+    from datasets import Dataset
+
+    torch.manual_seed(0)
+    count = options.batch_size * options.steps
+    ids = torch.randint(1, 30_000, (count, options.length))
+    labels = [row % 8 for row in range(count)]
+    return Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels}
+    )
+
+
+def arguments_of(directory: str, options: argparse.Namespace) -> TrainingArguments:
+    """A run of the asked length with an evaluation every 20 steps, and no output."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=directory,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        eval_strategy="steps",
+        eval_steps=20,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
 def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], float]:
     """Seconds of each step of one run, evaluations and the first five steps left out; and of the hooks, a step."""
     import torch
-    from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     from hf_reset import ResetTrainer, StochasticResetCallback
 
@@ -157,16 +194,7 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
             synchronize()
             self.seconds += time.perf_counter() - start
 
-    torch.manual_seed(0)
-    count = options.batch_size * options.steps
-    ids = torch.randint(1, 30_000, (count, options.length))
-    rows = Dataset.from_dict(
-        {
-            "input_ids": ids.tolist(),
-            "attention_mask": torch.ones_like(ids).tolist(),
-            "labels": [i % 8 for i in range(count)],
-        }
-    )
+    rows = rows_of(options)
     clock = Clock()
     reset = {
         "callback_off": TimedResets(probability=0.0, finish="last"),
@@ -176,18 +204,7 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
     with tempfile.TemporaryDirectory() as directory:
         trainer = (ResetTrainer if arm == "trainer" else Trainer)(
             model_of(options),
-            TrainingArguments(
-                output_dir=directory,
-                max_steps=options.steps,
-                per_device_train_batch_size=options.batch_size,
-                per_device_eval_batch_size=options.batch_size,
-                eval_strategy="steps",
-                eval_steps=20,
-                logging_steps=20,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
+            arguments_of(directory, options),
             train_dataset=rows,
             eval_dataset=rows.select(range(2 * options.batch_size)),
             callbacks=[clock, *([reset] if reset else [])],
@@ -230,6 +247,49 @@ def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[
         "restore_steps": steps(anchor.restore),
         "distance_steps": steps(anchor.distance),
     }
+
+
+def diagnostic_cost(name: str, options: argparse.Namespace) -> float:
+    """Seconds in the hooks of a diagnostic callback, a step on average over a run with resets."""
+    import torch
+    from transformers import Trainer
+
+    from hf_reset import StochasticResetCallback, diagnostics
+
+    rows = rows_of(options)
+    clean = [(row + (row % 5 == 0)) % 8 for row in range(len(rows))]
+    noisy = rows.add_column("is_mislabelled", [row % 5 == 0 for row in range(len(rows))])  # pyright: ignore[reportCallIssue]
+    noisy = noisy.add_column("clean_label", clean)
+    kind: Any = getattr(diagnostics, name)
+    measured = kind() if name == "ExcursionDiffusionCallback" else kind(noisy)
+    seconds = 0.0
+
+    def timed(hook: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            nonlocal seconds
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            hook(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+
+        return run
+
+    for hook in ("on_step_end", "on_evaluate"):
+        setattr(measured, hook, timed(getattr(measured, hook)))
+    resets = StochasticResetCallback(probability=options.probability, patience=0)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(
+            model_of(options),
+            arguments_of(directory, options),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(2 * options.batch_size)),
+            callbacks=[resets, measured],
+        )
+        trainer.train()
+    return seconds / options.steps
 
 
 def memory_costs(options: argparse.Namespace, stock: float, classes: int = 8) -> dict[str, float]:
