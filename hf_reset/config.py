@@ -48,8 +48,9 @@ class ResetConfig:
             Trainer's own, else by its name; an error asks where that does not tell.
         min_delta: how much better than the best a metric must be to count as a new best, in its units.
         smooth: judge weights by the mean of their evaluation and the one before it on the way there (after a reset, the
-            anchor's), so that one lucky evaluation on a few noisy rows chooses less often. None: where labels are
-            refined (`reset_refine`), and not otherwise. Not under paired evaluation.
+            anchor's), so that one lucky evaluation on a few noisy rows chooses less often. For evaluations that lie
+            close together: where validation turns within two of them, weights past the best are chosen. Not under
+            paired evaluation.
         anchor: "best" moves θ_c to each new best (the paper's adaptive checkpoint); "fixed" leaves it where
             it is once resets have begun.
         optimizer_state: what a reset does with the optimizer's state of the scope: "restore" what it was at
@@ -81,7 +82,7 @@ class ResetConfig:
     metric: str | None = None
     greater_is_better: bool | None = None
     min_delta: float = 0.0
-    smooth: bool | None = None
+    smooth: bool = False
     anchor: Literal["best", "fixed"] = "best"
     optimizer_state: Literal["restore", "zero", "keep"] = "restore"
     storage: Literal["device", "cpu"] = "device"
@@ -126,9 +127,10 @@ class ResetConfig:
             )
         if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
             raise ConfigError(f"`metric` must be the name of an evaluation result or None, got {self.metric!r}.")
-        for name in ("greater_is_better", "smooth"):
-            if (value := getattr(self, name)) is not None and not isinstance(value, bool):
-                raise ConfigError(f"`{name}` must be True, False or None, got {value!r}.")
+        if self.greater_is_better is not None and not isinstance(self.greater_is_better, bool):
+            raise ConfigError(f"`greater_is_better` must be True, False or None, got {self.greater_is_better!r}.")
+        if not isinstance(self.smooth, bool):
+            raise ConfigError(f"`smooth` must be True or False, got {self.smooth!r}.")
         object.__setattr__(self, "scope", _checked_scope(self.scope))
 
     @property

@@ -137,7 +137,7 @@ def test_plain_beside_reset_from_end_to_end(folder, tmp_path, capsys):
 
 
 def test_a_run_that_refines_has_an_arm_of_its_own_and_lists_the_suspect_responses(folder, tmp_path):
-    more = {"max_steps": 18, "eval_steps": 6, "reset_refine": "soft", "compare": True}
+    more = {"max_steps": 18, "eval_steps": 6, "reset_refine": "soft", "reset_smooth": True, "compare": True}
     results = recipe.run(options(folder, tmp_path, **more))
     plain, reset, refined = results["records"]
     assert [plain["arm"], reset["arm"], refined["arm"]] == ["plain", "reset", "reset + refine"]

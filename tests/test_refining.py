@@ -112,7 +112,6 @@ def test_wrong_weights_are_refused(tmp_path, weights):
 # Refinement
 
 REFINE = {
-    "reset_smooth": False,
     "max_steps": 90,
     "eval_steps": 15,
     "logging_steps": 15,
@@ -210,14 +209,12 @@ def test_a_run_that_refines_chooses_by_the_calibrated_loss_unless_a_metric_is_na
     assert trainer.reset_callback.reset_state.best == min(losses)
     trainer, _ = refined_run(tmp_path / "named", "soft", max_steps=30, reset_metric="eval_loss")
     assert trainer.reset_callback.config.metric == "eval_loss"
-    trainer, _ = refined_run(tmp_path / "off", "off", max_steps=30, reset_smooth=None)
+    trainer, _ = refined_run(tmp_path / "off", "off", max_steps=30)
     assert trainer.reset_callback.config.metric is None
-    assert trainer.reset_callback.config.smooth is None
 
 
-def test_a_run_that_refines_judges_by_the_mean_of_two_evaluations_unless_told_otherwise(tmp_path):
-    trainer, _ = refined_run(tmp_path, "soft", max_steps=60, reset_smooth=None)
-    assert trainer.reset_callback.config.smooth is True
+def test_a_run_that_smooths_judges_by_the_mean_of_two_evaluations(tmp_path):
+    trainer, _ = refined_run(tmp_path, "soft", max_steps=60, reset_smooth=True)
     moves = [event for event in trainer.reset_callback.events if event["kind"] == "anchor"]
     losses = {r["step"]: r["eval_calibrated_loss"] for r in trainer.state.log_history if "eval_calibrated_loss" in r}
     steps = sorted(losses)

@@ -138,12 +138,11 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
 
     Methods with resets or refinement are read by the calibrated loss, which chose their anchors, and by noisy accuracy.
     """
-    own = [way for way in ("calibrated", "smoothed") if any(way in record["test_accuracy"] for record in records)]
-    found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", *own)]
+    found = [line(records, "plain", reading) for reading in ("last", "loss", "accuracy", "calibrated")]
     for arm in dict.fromkeys(record["arm"] for record in records):
         if arm != "plain":
             ours = any(record["is_ours"] for record in records if record["arm"] == arm)
-            readings = (own[-1], "accuracy") if ours else ("/".join(CLASSIC),)
+            readings = ("calibrated", "accuracy") if ours else ("/".join(CLASSIC),)
             found += [line(records, arm, reading) for reading in readings]
     return found
 
@@ -252,9 +251,10 @@ def choices_table(records: Sequence[Record]) -> str:
     rows, means = [], []
     for setting in settings_of(records):
         cell = [r for r in records if r["setting"]["name"] == setting and r["arm"] == "plain"]
-        if not cell or any(r["test_accuracy"].get(way) is None for r in cell for way in ways):
+        # Records of before "smoothed" lack it: of a setting, some seed must have it.
+        if not cell or any(all(r["test_accuracy"].get(way) is None for r in cell) for way in ways):
             continue
-        values = {way: [r["test_accuracy"][way] for r in cell] for way in ways}
+        values = {way: [r["test_accuracy"][way] for r in cell if way in r["test_accuracy"]] for way in ways}
         means.append([statistics.fmean(values[way]) for way in ways])
         fitted = [value_at(r["history"].get("label_noise", []), r["best_step"]["calibrated"]) for r in cell]
         wrong = mean_and_sd([r.get("validation_wrong") for r in cell])

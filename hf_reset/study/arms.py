@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_reset.errors import ConfigError
 from hf_reset.report.results import run_folder
-
-if TYPE_CHECKING:
-    from hf_reset.training.arguments import ResetArguments
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,6 @@ def planned_runs(seeds: Sequence[int], *, compare: bool, resets: bool, refines: 
     beside = (PLAIN, RESET_ALONE) if refines else (PLAIN,)
     arms = (*beside, asked) if compare else (asked,) if resets else (PLAIN,)
     return [(arm, seed) for seed in seeds for arm in arms]
-
-
-def settle_smoothing(training: ResetArguments) -> None:
-    """Let all arms of a study that refines judge weights alike, as `ResetTrainer` would those of the refining one.
-
-    Args:
-        training: the study's arguments; `reset_smooth` is set unless somebody did.
-    """
-    if training.reset_smooth is None and training.reset_refine != "off" and training.reset_evaluation == "full":
-        training.reset_smooth = True
 
 
 def arguments_of(training: Any, arm: Arm, seed: int) -> Any:

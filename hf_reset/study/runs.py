@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_reset.errors import ConfigError
-from hf_reset.study.arms import Arm, planned_runs, settle_smoothing
+from hf_reset.study.arms import Arm, planned_runs
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -32,7 +32,7 @@ def open_study(
     Args:
         recipe: its name.
         options: the recipe's.
-        training: the trainer's arguments; see `settle_smoothing`.
+        training: the trainer's arguments.
         configuration: see `options.parse_recipe`.
 
     Raises:
@@ -47,7 +47,6 @@ def open_study(
             "`load_best_model_at_end` is True, and this recipe measures the last weights as well as the best. Leave "
             "it False; the best evaluated weights are kept in memory."
         )
-    settle_smoothing(training)
     runs = planned_runs(
         options.seeds,
         compare=options.compare,

@@ -58,12 +58,9 @@ class ResetArguments:
     reset_min_delta: float = field(
         default=0.0, metadata={"help": "How much better than the best counts as a new best, in the metric's units."}
     )
-    reset_smooth: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Judge weights by the mean of their evaluation and the one before it on the way there. Default: "
-            "where labels are refined."
-        },
+    reset_smooth: bool = field(
+        default=False,
+        metadata={"help": "Judge weights by the mean of their evaluation and the one before it on the way there."},
     )
     reset_anchor: Literal["best", "fixed"] = field(
         default="best", metadata={"help": "Move the anchor to each new best, or fix it once resets have begun."}

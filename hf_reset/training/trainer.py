@@ -228,9 +228,9 @@ class ResetTrainerMixin(RacingMixin):
         callback = self.reset_callback
         if callback is None:
             return
-        races = getattr(self.args, "reset_evaluation", "full") == "paired"
         if callback is self._from_arguments and self.refinement_config.mode != "off":
-            callback.config = judged_by(self, callback.config, races=races)
+            callback.config = judged_by(self, callback.config)
+        races = getattr(self.args, "reset_evaluation", "full") == "paired"
         if callback.rows is None or races:
             judges = self.refinement_config.mode != "off"
             callback.rows = row_source(self, callback.config, judges_rows=judges, races=races) or callback.rows

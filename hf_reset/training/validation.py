@@ -57,14 +57,12 @@ def row_source(
     return source
 
 
-def judged_by(trainer: Trainer, config: ResetConfig, *, races: bool = False) -> ResetConfig:
-    """The configuration of a run that refines: it smooths, and goes by the calibrated loss where nobody named a metric.
+def judged_by(trainer: Trainer, config: ResetConfig) -> ResetConfig:
+    """The configuration of a run that refines: it chooses by the calibrated loss where nobody named a metric.
 
     Refined targets make a model confident and right, which noisy cross-entropy charges it for: it chooses nothing new
     then (recipes/studies/README.md has the figures). Only single-label classifiers have a calibrated loss.
     """
-    if config.smooth is None and not races:
-        config = replace(config, smooth=True)
     is_named = config.metric is not None or trainer.args.metric_for_best_model is not None
     return config if is_named or not has_class_rows(trainer) else replace(config, metric=f"eval_{CALIBRATED}")
 

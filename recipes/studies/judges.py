@@ -6,11 +6,11 @@
 
     python recipes/studies/judges.py --data_dir ../shared/data
 
-On dolly's 3 000 instructions and their eight categories, which no table has: what is settled here is used there. One
-run a cell trains as `run.py` does, and the logits of validation and of the clean test are kept at each evaluation (a
-minute of one core each; what is in --trajectories is not trained again). Then each judge chooses among the evaluations,
-by the product's own rule, and what it gives away is the clean accuracy of the run's best evaluation less that of its
-choice. Looking at every evaluation's test accuracy is what this data set is set apart for.
+On dolly's 3 000 instructions and their eight categories, which no table has. One run a cell trains as `run.py` does, and
+the logits of validation and of the clean test are kept at each evaluation (a minute of one core each; what is in
+--trajectories is not trained again). Then each judge chooses among the evaluations, by the product's own rule, and what
+it gives away is the clean accuracy of the run's best evaluation less that of its choice. Looking at every evaluation's
+test accuracy is what this data set is set apart for.
 """
 
 from __future__ import annotations
@@ -31,13 +31,8 @@ RESULTS = Path("recipes/results/studies/judges.json")
 NOISE = [("pair", 0.4), ("symmetric", 0.4), ("symmetric", 0.6), ("pair", 0.3), ("symmetric", 0.0)]
 ARMS = {
     "plain": {},
-    "reset + refine": {"reset_probability": 0.02, "reset_refine": "soft", "reset_smooth": False},
-    "reset + refine + ema": {
-        "reset_probability": 0.02,
-        "reset_refine": "soft",
-        "reset_smooth": False,
-        "reset_ema_decay": 0.98,
-    },
+    "reset + refine": {"reset_probability": 0.02, "reset_refine": "soft"},
+    "reset + refine + ema": {"reset_probability": 0.02, "reset_refine": "soft", "reset_ema_decay": 0.98},
 }
 JUDGES = ("loss", "accuracy", "calibrated")
 

@@ -261,7 +261,7 @@ def train_once(
     for name, best in bests.items():
         with best.swapped():
             record["test_accuracy"][name] = accuracy_of(trainer, test, truth)
-            if name == "smoothed":
+            if name == "calibrated":
                 record |= suspects_by_loss(trainer, data, known)
     record["best_step"] = {name: best.step for name, best in bests.items()}
     return record | trajectory(trainer, data)
