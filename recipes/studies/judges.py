@@ -6,8 +6,8 @@
 
     python recipes/studies/judges.py --data_dir ../shared/data
 
-On dolly's 3 000 instructions and their eight categories, which no table has. One run a cell trains as `run.py` does, and
-the logits of validation and of the clean test are kept at each evaluation (a minute of one core each; what is in
+On dolly's 3 000 instructions and their eight categories, which no table has. One run a cell trains as `run.py` does,
+and the logits of validation and of the clean test are kept at each evaluation (a minute of one core each; what is in
 --trajectories is not trained again). Then each judge chooses among the evaluations, by the product's own rule, and what
 it gives away is the clean accuracy of the run's best evaluation less that of its choice. Looking at every evaluation's
 test accuracy is what this data set is set apart for.
