@@ -113,7 +113,7 @@ def most_suspect_table(records: Sequence[Record], what: str = "wrong labels") ->
     shown = next(record for record in judged if record["arm"] == judged[-1]["arm"])
     names = list(shown["most_suspect"][0])
     rows = [[_suspect_cell(row.get(name)) for name in names] for row in shown["most_suspect"]]
-    headings = [{"given": "given label"}.get(name, name.replace("_", " ")) for name in names]
+    headings = ["given label" if name == "given" else str(name).replace("_", " ") for name in names]
     auroc = shown.get("suspects_auroc")
     said = f"The training rows that {shown['arm']} (seed {shown['seed']}) trusts least; all are in `suspects.csv`."
     said += "" if auroc is None else f" Ranked by it, {what} stand out with an area under the ROC of {auroc:.3f}."
