@@ -394,6 +394,18 @@ def test_suspect_responses_are_weighed_down(tmp_path, tokenizer):
     assert int(trainer.refinement.is_suspect.sum()) == 12
 
 
+def test_responses_are_weighed_down_once_validation_stalls_without_any_reset(tmp_path, tokenizer):
+    """Two evaluations without a new best have passed at step 15, and each row was seen twice."""
+    known = RefinementConfig(mode="soft", noise_rate=0.25)
+    trainer = sft_run(tmp_path, tokenizer, refinement=known, reset_probability=0.5, **STALLS)
+    assert trainer.reset_callback.reset_state.armed_step is None
+    assert [event["step"] for event in judged(trainer)] == [15, 20]
+    assert int(trainer.refinement.is_suspect.sum()) == 12
+    waiting = RefinementConfig(mode="soft", noise_rate=0.25, begin="resets")
+    trainer = sft_run(tmp_path / "waits", tokenizer, refinement=waiting, reset_probability=0.5, **STALLS)
+    assert trainer.refinement is None
+
+
 def test_packed_responses_are_refused(tmp_path, tokenizer):
     with pytest.raises(UnsupportedError, match=r'`reset_refine="soft"` needs to know the rows .*several rows into one'):
         sft_run(tmp_path, tokenizer, packing=True, packing_strategy="wrapped")

@@ -311,7 +311,9 @@ class RefiningMixin(RowMemoryMixin):
         """Whether rows are refined already, or are to be from here on though resets have not begun."""
         if self.refinement is not None and self.refinement.is_active:
             return True
-        stalls = self.refinement_config.begin == "stall" and isinstance(self.row_memory, RowMemory) and fit is not None
+        # What judges: the fit to validation, or the losses without prompts, which were there before training.
+        can_tell = fit is not None or isinstance(self.row_memory, ResponseMemory)
+        stalls = self.refinement_config.begin == "stall" and can_tell
         return stalls and state.evaluations_since_best >= STALLED
 
     def _rows_in_training(self) -> Tensor | None:
