@@ -57,8 +57,6 @@ class ResetState:
         anchor_metric: the metric at the anchor.
         evaluations_since_best: evaluations since the last new best.
         armed_step: optimizer steps done when resets began; None: they have not. They never end again.
-        evaluated_step: optimizer steps done at the last evaluation.
-        anchor_before: the metric at the evaluation before the anchor's, with `smooth`.
         armed_margin: `worse` at that evaluation; None where resets did not begin on evidence.
         resets: how many resets there have been.
         last_reset_step: index of the last step that ended in a reset.
@@ -69,6 +67,8 @@ class ResetState:
         harmed: whether the excursion now under way has been seen to go wrong, by `HARMED`.
         fruitless: excursions in a row from this anchor that were not.
         stretch: how often excursions from this anchor have been doubled, where resets begin on evidence.
+        evaluated_step: optimizer steps done at the last evaluation.
+        anchor_before: the metric at the evaluation before the anchor's, with `smooth`.
     """
 
     best: float | None = None

@@ -2,8 +2,7 @@
 
 The baseline is what a user has already: plain training, and the checkpoint that noisy validation chooses by its
 loss or by its accuracy, whichever is better on that setting over its seeds. Other methods are read likewise; those
-with resets or refinement by the calibrated loss, everywhere alike, since it is what they are run with ("smoothed": by
-its mean with the evaluation before, `ResetConfig.smooth`).
+with resets or refinement by the calibrated loss, everywhere alike, since it is what they are run with.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hf_reset.report.results import value_at
 from hf_reset.report.tables import Record, markdown_table, mean_and_sd, spread_text
 
 CLASSIC = ("loss", "accuracy")  # what chooses a checkpoint without this package
-_SHOWN = {"smoothed": "calibrated, smooth"}
+_SHOWN = {"smoothed": "calibrated, smooth"}  # of `choices_table`
 _TIE = 0.005  # of accuracy: differences below half a point count as none
 _RESAMPLES = 10_000
 _MOST_COLUMNS = 4  # settings beyond which a row a method would be too wide to read; `cells_table` has them then
@@ -33,8 +32,8 @@ class Line:
 
     Attributes:
         arm: its name.
-        reading: what chose its checkpoint: "loss", "accuracy", "calibrated", "smoothed", "last", or "loss/accuracy"
-            for the stronger of the two on each setting.
+        reading: what chose its checkpoint: "loss", "accuracy", "calibrated", "last", or "loss/accuracy" for the
+            stronger of the two on each setting.
         cells: setting to the clean test accuracies of its seeds, seed to value.
     """
 
@@ -173,7 +172,7 @@ def comparison_table(records: Sequence[Record], settings: Sequence[str] | None =
         rows.append(
             [
                 one.arm,
-                _SHOWN.get(one.reading, one.reading),
+                one.reading,
                 str(gap.wins + gap.ties + gap.losses),
                 *cells,
                 f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
@@ -322,8 +321,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
             axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
             axis.plot([gap.mean], [height], "D", color="black", ms=5)
     axis.axvline(0, color="black", lw=0.8, ls=":")
-    names = [f"{one.arm} (by {_SHOWN.get(one.reading, one.reading)})" for one in reversed(lines)]
-    axis.set_yticks(range(len(lines)), names, fontsize=8)
+    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
     axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
     # Colours say the data, shapes what is done to the labels.
     colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}

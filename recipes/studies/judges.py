@@ -16,13 +16,10 @@ test accuracy is what this data set is set apart for.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-import json
 import statistics
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -86,19 +83,16 @@ def trajectory(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, A
 
 def train(run: Any, options: argparse.Namespace) -> dict[str, Any]:
     """One run, by the parts of `run.py`."""
+    import run as study  # a script's own folder is on its path
     import torch
 
     from hf_reset.metrics import with_calibrated_loss
     from hf_reset.study.comparison import Plan
     from hf_reset.study.tail import pad_states
 
-    study = sibling("run")
     study.quiet()
     chosen = dict(Plan.read(Path(__file__).parent / "plans" / "comparison.yaml").defaults) | {"test_rows": 596}
-    lower = study.lower_layers(None, chosen["trained_layers"])
-    text = json.dumps(chosen)
-    data = study.prepare(run.setting, run.seed, options.data_dir, text)
-    known = study.states_of(lower, run.setting, run.seed, options.data_dir, text)
+    lower, data, known = study.materials(run, chosen, options.data_dir)
     trainer, _ = study.build(run, chosen, lower, data, known)
     test = study.rows_of(data.test, known, "clean_label")
     kept: dict[str, Any] = {"val": [], "test": [], "truth": np.array(test.labels)}
@@ -165,16 +159,6 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = [f"{statistics.fmean(lost[arm]):.1f} ({len(lost[arm])} runs)" for arm in arms]
         rows.append([str(judge), *cells, f"{statistics.fmean(every):.1f} ± {error:.1f}", f"{max(every):.1f}"])
     return markdown_table(["chosen by", *arms, "all, ± one standard error", "worst run"], rows)
-
-
-def sibling(name: str) -> ModuleType:
-    """Another script of this folder."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -16,12 +16,10 @@ minutes of one core and is kept in --trajectories; what is there is not trained 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -75,11 +73,12 @@ def trajectory(name: str, cell: dict[str, Any], options: argparse.Namespace) -> 
 
 def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """One run with full evaluations, by the parts of `run.py`."""
+    import run as study  # a script's own folder is on its path
+
     from hf_reset.metrics import with_calibrated_loss
     from hf_reset.study.arms import Arm
     from hf_reset.study.comparison import Plan, Run, Setting
 
-    study = sibling("run")
     study.quiet()
     chosen = dict(Plan.read(Path(__file__).parent / "plans" / "comparison.yaml").defaults)
     chosen |= {"validation_rows": cell["validation_rows"], "test_rows": 500}
@@ -89,10 +88,7 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         Arm("reset", {"reset_probability": cell["probability"]}),
         options.seed,
     )
-    lower = study.lower_layers(None, chosen["trained_layers"])
-    text = json.dumps(chosen)
-    data = study.prepare(run.setting, run.seed, options.data_dir, text)
-    known = study.states_of(lower, run.setting, run.seed, options.data_dir, text)
+    lower, data, known = study.materials(run, chosen, options.data_dir)
     trainer, _ = study.build(run, chosen, lower, data, known)
     steps, logits, put_back, labels = [], [], [], []
 
@@ -107,16 +103,6 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     trainer.compute_metrics = with_calibrated_loss(keep)
     trainer.train()
     return {"steps": np.array(steps), "logits": np.stack(logits), "put_back": np.array(put_back), "labels": labels[0]}
-
-
-def sibling(name: str) -> ModuleType:
-    """Another script of this folder, as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def race_through(kept: dict[str, Any], order: int) -> list[dict[str, Any]]:

@@ -162,14 +162,21 @@ def quiet() -> None:
 
 def carry_out(run: Run, chosen: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Train one method on one setting from one seed, and measure."""
-    lower = lower_layers(options.model_dir, chosen["trained_layers"])
-    data = prepare(run.setting, run.seed, options.data_dir, json.dumps(chosen))
-    known = states_of(lower, run.setting, run.seed, options.data_dir, json.dumps(chosen))
+    lower, data, known = materials(run, chosen, options.data_dir, options.model_dir)
     if run.arm.overrides.get("filter_with") == "cleanlab":
         return filter_and_retrain(run, chosen, lower, data, known)
     if run.arm.overrides.get("train_on") == "clean validation":
         data = on_clean_validation(data)
     return train_once(run, chosen, lower, data, known)
+
+
+def materials(
+    run: Run, chosen: dict[str, Any], data_dir: str, model_dir: str | None = None
+) -> tuple[LowerLayers, ClassificationData, dict[str, Any]]:
+    """What a run is made of: the frozen lower layers, the splits with their noise, and the texts' hidden states."""
+    lower, text = lower_layers(model_dir, chosen["trained_layers"]), json.dumps(chosen)
+    data = prepare(run.setting, run.seed, data_dir, text)
+    return lower, data, states_of(lower, run.setting, run.seed, data_dir, text)
 
 
 @lru_cache(maxsize=1)
