@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
 ARMS = ("stock", "callback_off", "callback", "trainer")
 DIAGNOSTICS = ("GradientPartsCallback", "LabelMemoryCallback", "ExcursionDiffusionCallback")  # by their defaults
@@ -148,16 +148,38 @@ def arguments_of(directory: str, options: argparse.Namespace) -> TrainingArgumen
     )
 
 
+def synchronize() -> None:
+    """Wait for a device that works beside the host."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class HookClock:
+    """Adds up the seconds in some hooks of a callback."""
+
+    def __init__(self, callback: TrainerCallback, *hooks: str) -> None:
+        self.seconds = 0.0
+        for hook in hooks:
+            setattr(callback, hook, self._timed(getattr(callback, hook)))
+
+    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            synchronize()
+            start = time.perf_counter()
+            hook(*args, **kwargs)
+            synchronize()
+            self.seconds += time.perf_counter() - start
+
+        return run
+
+
 def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], float]:
     """Seconds of each step of one run, evaluations and the first five steps left out; and of the hooks, a step."""
-    import torch
     from transformers import Trainer, TrainerCallback
 
     from hf_reset import ResetTrainer, StochasticResetCallback
-
-    def synchronize() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     class Clock(TrainerCallback):
         """Times from one step's begin to its end."""
@@ -173,34 +195,14 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
             synchronize()
             self.seconds.append(time.perf_counter() - self.start)
 
-    class TimedResets(StochasticResetCallback):
-        """Adds up the time in the hooks of a step and of an evaluation."""
-
-        seconds = 0.0
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self._timed(super().on_step_begin, *args, **kwargs)
-
-        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            self._timed(super().on_optimizer_step, *args, **kwargs)
-
-        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-            self._timed(super().on_evaluate, *args, **kwargs)
-
-        def _timed(self, hook: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-            synchronize()
-            start = time.perf_counter()
-            hook(*args, **kwargs)
-            synchronize()
-            self.seconds += time.perf_counter() - start
-
     rows = rows_of(options)
     clock = Clock()
     reset = {
-        "callback_off": TimedResets(probability=0.0, finish="last"),
-        "callback": TimedResets(probability=options.probability, patience=0),
-        "trainer": TimedResets(probability=options.probability, patience=0),
+        "callback_off": StochasticResetCallback(probability=0.0, finish="last"),
+        "callback": StochasticResetCallback(probability=options.probability, patience=0),
+        "trainer": StochasticResetCallback(probability=options.probability, patience=0),
     }.get(arm)
+    in_hooks = None if reset is None else HookClock(reset, "on_step_begin", "on_optimizer_step", "on_evaluate")
     with tempfile.TemporaryDirectory() as directory:
         trainer = (ResetTrainer if arm == "trainer" else Trainer)(
             model_of(options),
@@ -210,7 +212,7 @@ def step_seconds(arm: str, options: argparse.Namespace) -> tuple[list[float], fl
             callbacks=[clock, *([reset] if reset else [])],
         )
         trainer.train()
-    return clock.seconds[5:], reset.seconds / options.steps if reset else 0.0
+    return clock.seconds[5:], in_hooks.seconds / options.steps if in_hooks else 0.0
 
 
 def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[str, float]:
@@ -231,12 +233,10 @@ def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[
     def steps(verb: Any) -> float:
         seconds = []
         for _ in range(7):
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             start = time.perf_counter()
             verb()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds) / stock
 
@@ -251,7 +251,6 @@ def anchor_costs(scope: str, options: argparse.Namespace, stock: float) -> dict[
 
 def diagnostic_cost(name: str, options: argparse.Namespace) -> float:
     """Seconds in the hooks of a diagnostic callback, a step on average over a run with resets."""
-    import torch
     from transformers import Trainer
 
     from hf_reset import StochasticResetCallback, diagnostics
@@ -262,23 +261,7 @@ def diagnostic_cost(name: str, options: argparse.Namespace) -> float:
     noisy = noisy.add_column("clean_label", clean)
     kind: Any = getattr(diagnostics, name)
     measured = kind() if name == "ExcursionDiffusionCallback" else kind(noisy)
-    seconds = 0.0
-
-    def timed(hook: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            nonlocal seconds
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            hook(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds += time.perf_counter() - start
-
-        return run
-
-    for hook in ("on_step_end", "on_evaluate"):
-        setattr(measured, hook, timed(getattr(measured, hook)))
+    in_hooks = HookClock(measured, "on_step_end", "on_evaluate")
     resets = StochasticResetCallback(probability=options.probability, patience=0)
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
@@ -289,7 +272,7 @@ def diagnostic_cost(name: str, options: argparse.Namespace) -> float:
             callbacks=[resets, measured],
         )
         trainer.train()
-    return seconds / options.steps
+    return in_hooks.seconds / options.steps
 
 
 def memory_costs(options: argparse.Namespace, stock: float, classes: int = 8) -> dict[str, float]:
@@ -317,8 +300,7 @@ def memory_costs(options: argparse.Namespace, stock: float, classes: int = 8) ->
         for _ in range(7):
             start = time.process_time()
             verb()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             seconds.append(time.process_time() - start)
         return statistics.median(seconds) / options.steps / stock
 
