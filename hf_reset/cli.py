@@ -202,7 +202,7 @@ def plan_report(
     """
     from hf_reset.metrics.directions import greater_is_better as greater_by_name
     from hf_reset.planner.excursions import evaluation_interval, excursions_of, metric_of, read_log
-    from hf_reset.planner.plan import recommend
+    from hf_reset.planner.recommendation import recommend
     from hf_reset.report.plan import plot_plan, recommendation_text
 
     history = read_log(output_dir)

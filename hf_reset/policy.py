@@ -139,6 +139,7 @@ def observe(
     greater_is_better: bool,
     worse: float | None = None,
     learned: float | None = None,
+    noise: float | None = None,
 ) -> tuple[ResetState, bool]:
     """Take in one evaluation.
 
@@ -163,6 +164,7 @@ def observe(
         worse: how far validation lies above the anchor's, in standard errors of the rows' paired difference
             (`hf_reset.training.evidence`); None where there are no rows.
         learned: how far the anchor lies below the labels' frequencies, likewise.
+        noise: share of the validation labels that look wrong, in [0, 1], for "auto"; None: not known.
 
     Returns:
         The new state, and whether the anchor moves to the weights just evaluated.
@@ -172,7 +174,7 @@ def observe(
     state = replace(state, values=(*state.values, metric), evaluated_step=step)
     improved = is_better(judged, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
     if config.probability == "auto":
-        state = replace(state, plan=_planned(config, state, step, improved))
+        state = replace(state, plan=_planned(config, state, step, improved, noise))
     if improved:
         moved = config.anchor == "best" or not state.armed
         state = replace(state, best=judged, evaluations_since_best=0, worse=None)
@@ -190,9 +192,16 @@ def observe(
     return state, moved
 
 
-def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool) -> Plan:
-    plan, first = state.plan or Plan(), improved and state.best is None
-    return plan_after_evaluation(plan, step, improved=improved, first=first, periodic=config.policy == "periodic")
+def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, noise: float | None) -> Plan:
+    return plan_after_evaluation(
+        state.plan or Plan(),
+        step,
+        improved=improved,
+        first=improved and state.best is None,
+        periodic=config.policy == "periodic",
+        counted=state.armed,
+        noise=noise,
+    )
 
 
 def _begins(config: ResetConfig, state: ResetState, learned: float | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -170,8 +170,34 @@ def test_an_evaluation_before_the_first_step_tells_no_interval():
     assert plan_after_evaluation(plan, 15, improved=False, first=False).interval == 15
 
 
+def test_before_resets_begin_nothing_is_counted():
+    """A run that still learns what is easy has a new best at each evaluation: that says nothing of excursions."""
+    plan = Plan()
+    for step in range(10, 400, 10):
+        plan = plan_after_evaluation(plan, step, improved=True, first=step == 10, counted=False)
+    assert plan.counts == Counts()
+    plan = plan_after_evaluation(plan, 400, improved=True, first=False)
+    assert plan.counts.hits[0] > 0.9
+
+
+def test_where_labels_look_clean_the_lower_bound_stands_until_excursions_say_otherwise():
+    def learning(noise):
+        return plan_after_evaluation(Plan(), 10, improved=True, first=True, noise=noise)
+
+    assert learning(None).probability == learning(0.06).probability == PRIOR / 10
+    plan = learning(0.04)
+    assert plan.probability == LOWER / 10
+    plan = plan_after_evaluation(plan, 20, improved=False, first=False, noise=0.4)
+    assert plan.probability == LOWER / 10, "what counts is the anchor's"
+    assert plan_after_evaluation(plan, 30, improved=True, first=False, noise=0.4).probability == PRIOR / 10
+    told = replace(plan, counts=counts_of(excursions_from(early_or_never, 200), 10))
+    assert plan_after_evaluation(told, 40, improved=False, first=False).probability > 5 * LOWER / 10
+
+
 def test_plan_survives_json():
-    plan = plan_after_reset(Plan(interval=7, probability=0.1, counts=counts_of([Excursion(0, (7, 14), True)], 7)), 20)
+    plan = plan_after_reset(
+        Plan(interval=7, probability=0.1, noise=0.2, counts=counts_of([Excursion(0, (7, 14), True)], 7)), 20
+    )
     assert Plan.from_plain(json.loads(json.dumps(asdict(plan)))) == plan
 
 

@@ -1,7 +1,8 @@
 """Planner, in pure numpy: how often to reset, and what went wrong with resets. In reading order:
 
 * `excursions`: what a run's log says about the way from the anchor to the next better validation;
-* `plan`: their hazard, and from it the probability, the period and the recommendation;
+* `plan`: their hazard, and from it the probability and the period, online too;
+* `recommendation`: what to choose next time, from a finished run;
 * `advice`: the failure signatures of resets, in words and with the remedy.
 """
 
@@ -11,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_reset.planner import advice, excursions, plan
+    from hf_reset.planner import advice, excursions, plan, recommendation
     from hf_reset.planner.plan import (
         BINS,
         LOWER,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         UPPER,
         Counts,
         Plan,
-        Recommendation,
         best_resets_per_interval,
         counts_of,
         hazard,
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         luby,
         plan_after_evaluation,
         plan_after_reset,
-        recommend,
     )
+    from hf_reset.planner.recommendation import Recommendation, recommend
 
 __all__ = [
     "BINS",
@@ -51,12 +51,14 @@ __all__ = [
     "plan_after_evaluation",
     "plan_after_reset",
     "recommend",
+    "recommendation",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("advice", "excursions", "plan"):
+    if name in ("advice", "excursions", "plan", "recommendation"):
         return importlib.import_module(f"hf_reset.planner.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("hf_reset.planner.plan"), name)
+        room = "recommendation" if name in ("Recommendation", "recommend") else "plan"
+        return getattr(importlib.import_module(f"hf_reset.planner.{room}"), name)
     raise AttributeError(f"module 'hf_reset.planner' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +34,7 @@ Array: TypeAlias = NDArray[np.floating]
 # Resets an evaluation interval, x: no choice is outside the bounds. Above 1 most excursions would never be evaluated.
 PRIOR, LOWER, UPPER = 1 / 2, 1 / 32, 1.0
 BINS = 8  # ages 1, 2, 3–4, …, 65 and more
+CLEAN = 0.05  # fitted share of wrong validation labels below which the lower bound is what stands where little is known
 ENOUGH_HITS, ENOUGH_EXCURSIONS = 3.0, 8.0  # below either, nothing can be said and the prior stands
 _FORGETTING = 0.98  # of what is known, at each excursion's end: half is gone after 34, since the anchor moves on
 _PRIOR_HITS = 2.0  # what a bin's prior weighs, in improvements
@@ -92,11 +93,11 @@ class Counts:
 
 def counts_of(excursions: Sequence[Excursion], interval: int) -> Counts:
     """The trials of all excursions, none forgotten."""
-    hits, trials = _tables(excursions, interval)
+    hits, trials = trial_tables(excursions, interval)
     return Counts(tuple(hits.sum(axis=0).tolist()), tuple(trials.sum(axis=0).tolist()), float(len(excursions)))
 
 
-def _tables(excursions: Sequence[Excursion], interval: int) -> tuple[Array, Array]:
+def trial_tables(excursions: Sequence[Excursion], interval: int) -> tuple[Array, Array]:
     """Improvements and trials, (excursions, BINS) each."""
     hits, trials = np.zeros((len(excursions), BINS)), np.zeros((len(excursions), BINS))
     for row, excursion in enumerate(excursions):
@@ -153,10 +154,10 @@ def improvements_by_period(hazard: Array) -> Array:
     return (1 - alive[1:]) / np.cumsum(alive[:-1])
 
 
-def best_resets_per_interval(counts: Counts, *, periodic: bool = False) -> float:
-    """The x within the bounds that makes improvements a step most; the prior's where too little is known."""
+def best_resets_per_interval(counts: Counts, *, periodic: bool = False, prior: float = PRIOR) -> float:
+    """The x within the bounds that makes improvements a step most; `prior` where too little is known."""
     if not counts.say_enough:
-        return PRIOR
+        return prior
     if periodic:
         rates = improvements_by_period(hazard(counts))[: round(1 / LOWER)]
         return 1 / (1 + int(np.round(rates / rates.max(), 9).argmax()))
@@ -177,6 +178,7 @@ class Plan:
         start: steps done when the current excursion started.
         evaluated: whether the current excursion has had an evaluation.
         counts: of the excursions so far, older ones forgotten by and by.
+        noise: share of the validation labels that looked wrong at the anchor, in [0, 1]; None: not known.
     """
 
     probability: float | None = None
@@ -184,6 +186,7 @@ class Plan:
     start: int = 0
     evaluated: bool = False
     counts: Counts = Counts()
+    noise: float | None = None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Plan:
@@ -193,8 +196,20 @@ class Plan:
         return cls(**{**values, "counts": known})
 
 
-def plan_after_evaluation(plan: Plan, step: int, *, improved: bool, first: bool, periodic: bool = False) -> Plan:
+def plan_after_evaluation(
+    plan: Plan,
+    step: int,
+    *,
+    improved: bool,
+    first: bool,
+    periodic: bool = False,
+    counted: bool = True,
+    noise: float | None = None,
+) -> Plan:
     """Take in one evaluation, and choose the probability anew.
+
+    Where labels look clean at the anchor (`CLEAN`) there is nothing that resets save a run from, and the lower bound
+    stands until excursions say otherwise.
 
     Args:
         plan: what is known so far.
@@ -202,18 +217,24 @@ def plan_after_evaluation(plan: Plan, step: int, *, improved: bool, first: bool,
         improved: whether it was a new best.
         first: whether it was the first best: there was no anchor to start from.
         periodic: whether resets come every round(1/r) steps rather than by chance.
+        counted: whether resets have begun. Before, a run learns what is easy, each evaluation better than the last,
+            and says nothing of what excursions find.
+        noise: share of the validation labels that look wrong, in [0, 1]; None: not known.
     """
     age = step - plan.start
     if plan.interval is None and age > 0:
         plan = replace(plan, interval=age)
+    if improved:
+        plan = replace(plan, noise=noise)
     interval = plan.interval
     if interval is None or age <= 0:
         return replace(plan, start=step) if improved else plan
-    if not first:
+    if counted and not first:
         plan = replace(plan, counts=plan.counts.after(age, interval, improved), evaluated=True)
     if improved:
         plan = _excursion_ended(plan, step)
-    chosen = best_resets_per_interval(plan.counts, periodic=periodic)
+    prior = LOWER if plan.noise is not None and plan.noise < CLEAN else PRIOR
+    chosen = best_resets_per_interval(plan.counts, periodic=periodic, prior=prior)
     return replace(plan, probability=chosen / interval)
 
 
@@ -225,127 +246,6 @@ def plan_after_reset(plan: Plan, step: int) -> Plan:
 def _excursion_ended(plan: Plan, step: int) -> Plan:
     counts = plan.counts.with_excursion(_FORGETTING) if plan.evaluated else plan.counts
     return replace(plan, counts=counts, start=step, evaluated=False)
-
-
-# ------------------------------------------------------------------------------------------------- recommendations
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to choose next time, each with a 90 % bootstrap interval over excursions.
-
-    Attributes:
-        probability: r, per optimizer step; 0 where resets would not pay. With its range, as the others.
-        patience: evaluations without a new best before resets begin.
-        evaluation_interval: optimizer steps between evaluations.
-        excursions: how many the advice rests on.
-        improvements: how many of these ended with a new best.
-        hazard: "falling", "rising" (or level: not enough of a fall for resets to pay), or "unknown".
-        reason: in words.
-    """
-
-    probability: float
-    probability_range: tuple[float, float]
-    patience: int
-    patience_range: tuple[int, int]
-    evaluation_interval: int
-    evaluation_interval_range: tuple[int, int]
-    excursions: int
-    improvements: int
-    hazard: str
-    reason: str
-
-    def as_plain(self) -> dict[str, object]:
-        """JSON-plain."""
-        return asdict(self)
-
-
-def recommend(excursions: Sequence[Excursion], interval: int, *, seed: int = 0, resamples: int = 200) -> Recommendation:
-    """Probability, patience and evaluation interval from a run's excursions.
-
-    The probability maximises improvements a step. The patience is what 9 of 10 improvements of the run needed: waiting
-    longer is overfitting, waiting less mistakes a pause for the end. The interval gives a mean excursion two
-    evaluations.
-
-    Args:
-        excursions: of the run, see `excursions_of`.
-        interval: steps between its evaluations.
-        seed: of the bootstrap.
-        resamples: bootstrap resamples, at least 20.
-
-    Raises:
-        ConfigError: the interval or the resamples are too small.
-    """
-    if interval < 1 or resamples < 20:
-        raise ConfigError(f"`interval` must be at least 1 and `resamples` 20, got {interval!r} and {resamples!r}.")
-    tables, waits = _tables(excursions, interval), [_wait(excursion, interval) for excursion in excursions]
-    rows = np.arange(len(excursions))
-    chosen, patience, few = _choice(tables, waits, rows)
-    rng = np.random.default_rng(seed)
-    again = [_choice(tables, waits, rng.choice(rows, len(rows))) for _ in range(resamples)] if len(rows) else []
-    low, high = np.quantile([LOWER, UPPER] if few else [draw[0] for draw in again], [0.05, 0.95]).tolist()
-    least, most = np.quantile([draw[1] for draw in again] or [patience], [0.05, 0.95])
-    shape = "unknown" if few else "rising" if chosen <= LOWER else "falling"
-    spans = [interval if few else _interval_for(x, interval) for x in (high, chosen, low)]
-    return Recommendation(
-        probability=_probability(chosen, interval, shape),
-        probability_range=(_probability(low, interval, shape), high / interval),
-        patience=patience,
-        patience_range=(math.floor(least), math.ceil(most)),
-        evaluation_interval=spans[1],
-        evaluation_interval_range=(min(spans), max(spans)),
-        excursions=len(excursions),
-        improvements=sum(excursion.improved for excursion in excursions),
-        hazard=shape,
-        reason=_reason(excursions, chosen / interval, shape),
-    )
-
-
-def _probability(resets_per_interval: float, interval: int, shape: str) -> float:
-    """Per step; 0 at the lower bound, where the data speak against resets."""
-    never = resets_per_interval <= LOWER and shape != "unknown"
-    return 0.0 if never else resets_per_interval / interval
-
-
-def _wait(excursion: Excursion, interval: int) -> int | None:
-    """Evaluations that its improvement took, None without one."""
-    return math.ceil(excursion.ages[-1] / interval) if excursion.improved else None
-
-
-def _choice(
-    tables: tuple[Array, Array], waits: Sequence[int | None], rows: NDArray[np.integer]
-) -> tuple[float, int, bool]:
-    """x and patience from some of the excursions, and whether these are too few."""
-    hits, trials = (table[rows].sum(axis=0) for table in tables)
-    counts = Counts(tuple(hits), tuple(trials), float(len(rows)))
-    needed = [wait for row in rows if (wait := waits[row]) is not None]
-    patience = max(1, math.ceil(np.quantile(needed, 0.9))) if needed else 2
-    return best_resets_per_interval(counts), patience, not counts.say_enough
-
-
-def _interval_for(resets_per_interval: float, interval: int) -> int:
-    """Steps between evaluations that give a mean excursion two; as it is where resets do not pay."""
-    return interval if resets_per_interval <= LOWER else max(1, round(interval / resets_per_interval / 2))
-
-
-def _reason(excursions: Sequence[Excursion], probability: float, shape: str) -> str:
-    improved = sum(excursion.improved for excursion in excursions)
-    if shape == "unknown":
-        return (
-            f"{len(excursions)} excursions with {improved} improvements say too little: the probability is the "
-            "prior's, a reset every two evaluations, and the best may lie anywhere in the range. It takes at least "
-            f"{ENOUGH_EXCURSIONS:.0f} excursions and {ENOUGH_HITS:.0f} improvements: evaluate more often, or train "
-            "longer."
-        )
-    if shape == "rising":
-        return (
-            f"New bests are not rarer late in an excursion than early ({improved} improvements in {len(excursions)} "
-            "excursions): a reset would throw away progress. Do not reset; keep the best weights."
-        )
-    return (
-        f"New bests come early in an excursion or not at all ({improved} improvements in {len(excursions)} "
-        f"excursions): going back every {1 / probability:.0f} steps on average finds most new bests a step."
-    )
 
 
 def _passage_hazard(peclet: float, length: float) -> Array:

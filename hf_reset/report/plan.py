@@ -15,11 +15,11 @@ from hf_reset.planner.plan import (
     LOWER,
     UPPER,
     Counts,
-    Recommendation,
     counts_of,
     hazard,
     improvements_per_interval,
 )
+from hf_reset.planner.recommendation import Recommendation
 from hf_reset.report.plots import new_figure, save_figure
 
 if TYPE_CHECKING:

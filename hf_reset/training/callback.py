@@ -297,6 +297,7 @@ class StochasticResetCallback(TrainerCallback):
     def _observe(self, value: float, rows: LossRows | None, run: Run, step: int) -> tuple[bool, float | None]:
         """Take a value in, and what its rows say: whether the anchor moves here, and how far its rows lie above."""
         margins = Margins() if rows is None else run.evidence.margins(rows[0])
+        fit = None if self.rows is None or rows is None else self.rows.latest
         self.reset_state, moved = observe(
             self.config,
             self.reset_state,
@@ -305,6 +306,7 @@ class StochasticResetCallback(TrainerCallback):
             greater_is_better=run.watch.greater_is_better,
             worse=margins.worse,
             learned=margins.learned,
+            noise=None if fit is None else fit.wrong_labels,
         )
         if rows is not None:
             run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])

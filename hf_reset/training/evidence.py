@@ -25,7 +25,13 @@ EVALUATIONS = 2  # that are averaged before they are held against the anchor: on
 
 
 class RowSource(Protocol):
-    """What an evaluation leaves behind for a paired comparison: `hf_reset.metrics.evaluation.CalibratedMetrics`."""
+    """What an evaluation leaves behind for a paired comparison: `hf_reset.metrics.evaluation.CalibratedMetrics`.
+
+    Attributes:
+        latest: what the calibrated loss found at the last evaluation, None before the first.
+    """
+
+    latest: CalibratedLoss | None
 
     def take_rows(self) -> LossRows | None:
         """Losses of the rows of the last evaluation, and those of a model that knows the labels' frequencies alone.
