@@ -35,15 +35,18 @@ __all__ = [
     "period_of",
     "probability_now",
     "sequence_margin",
+    "turned_at",
     "uniform",
 ]
 
-# Resets that begin on evidence. Measured in `recipes/studies/never_locked_in.py`:
-# two standard errors let them begin soon after validation turns, and never where it still falls.
-TURNED = 2.0  # standard errors of the paired difference: one-sided level 2.3 % an evaluation
+# Resets that begin on evidence. Measured in `recipes/studies/never_locked_in.py`: they begin soon after validation
+# turns, and hold no run back that still learns.
+TURNED = 2.0  # standard errors of the paired difference: one-sided level 2.3 % an evaluation, see `turned_at`
 HARMED = 1.0  # an excursion that ends less than this above its anchor was not seen to go wrong
 FRUITLESS = 2  # such excursions, after which the next are twice as long
-_SINCE_BEST = 2  # evaluations without a new best that it takes at least
+_SINCE_BEST = 2  # evaluations without a new best that it takes at least,
+_SHARE_SINCE_BEST = 0.1  # and this share of all so far: a run's weights swing for a while, rows or no rows
+_TESTS = 10  # evaluations that `TURNED` is meant for; each further one is another chance of a false alarm
 _LAG, _FEWEST_VALUES = 3, 8  # of a metric without rows, before its own noise can be told
 
 
@@ -56,7 +59,7 @@ class ResetState:
         anchor_step: optimizer steps done when the anchor was taken, None before the first anchor.
         anchor_metric: the metric at the anchor.
         evaluations_since_best: evaluations since the last new best.
-        armed_step: optimizer steps done when resets began; None: they have not. They never end again.
+        armed_step: optimizer steps done when resets first began; None: they have not.
         armed_margin: `worse` at that evaluation; None where resets did not begin on evidence.
         resets: how many resets there have been.
         last_reset_step: index of the last step that ended in a reset.
@@ -68,6 +71,7 @@ class ResetState:
         fruitless: excursions in a row from this anchor that were not.
         stretch: how often excursions from this anchor have been doubled, where resets begin on evidence.
         evaluated_step: optimizer steps done at the last evaluation.
+        waiting: whether resets pause, since the anchor is new and validation has not turned from it.
         anchor_before: the metric at the evaluation before the anchor's, with `smooth`.
     """
 
@@ -87,6 +91,7 @@ class ResetState:
     stretch: int = 0
     armed_margin: float | None = None
     evaluated_step: int | None = None
+    waiting: bool = False
     anchor_before: float | None = None
 
     def __post_init__(self) -> None:
@@ -146,11 +151,14 @@ def observe(
     With `patience` a number, resets begin after so many evaluations without a new best. With None they begin
     when all of this holds:
 
-    - two evaluations in a row brought no new best;
-    - the mean of the rows' losses over these two lies two standard errors of the *paired* difference above the
-      anchor's (`worse` >= `TURNED`);
-    - the anchor itself lies as far below what the labels' frequencies alone give, where that is known: a run
+    - two evaluations in a row brought no new best, nor did a tenth of all so far;
+    - the mean of the rows' losses over the last two lies two standard errors of the *paired* difference above the
+      anchor's (`worse` >= `turned_at`: a little more the more evaluations there have been);
+    - the anchor itself lies `TURNED` below what the labels' frequencies alone give, where that is known: a run
       near chance is not held there.
+
+    So it is with each anchor: a run that finds a better one after resets have begun is learning, and resets pause until
+    two evaluations, by `TURNED`, say that validation has turned from there too.
 
     Where an evaluation has no rows to compare, the sequence of its values stands in, see `sequence_margin`.
 
@@ -180,15 +188,18 @@ def observe(
         state = replace(state, best=judged, evaluations_since_best=0, worse=None)
         if moved:
             state = replace(state, anchor_step=step, anchor_metric=metric, anchor_before=before)
-            state = replace(state, harmed=False, fruitless=0, stretch=0)
+            waiting = state.armed and config.patience is None
+            state = replace(state, harmed=False, fruitless=0, stretch=0, waiting=waiting)
     else:
         moved = False
         worse = sequence_margin(state.values, greater_is_better=greater_is_better) if worse is None else worse
         harmed = state.harmed or (worse is not None and worse >= HARMED)
         since = state.evaluations_since_best + 1
         state = replace(state, evaluations_since_best=since, worse=worse, harmed=harmed)
-    if not state.armed and state.anchor_step is not None and _begins(config, state, learned):
-        state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
+    if (state.waiting or not state.armed) and state.anchor_step is not None and _begins(config, state, learned):
+        if not state.armed:
+            state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
+        state = replace(state, waiting=False)
     return state, moved
 
 
@@ -207,8 +218,24 @@ def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, 
 def _begins(config: ResetConfig, state: ResetState, learned: float | None) -> bool:
     if config.patience is not None:
         return state.evaluations_since_best >= config.patience
-    has_turned = state.worse is not None and state.worse >= TURNED
-    return has_turned and state.evaluations_since_best >= _SINCE_BEST and (learned is None or learned >= TURNED)
+    evaluations = 0 if state.armed else len(state.values)  # once one turn is known, the next need not be waited for
+    has_turned = state.worse is not None and state.worse >= turned_at(evaluations)
+    has_paused = state.evaluations_since_best >= max(_SINCE_BEST, math.ceil(_SHARE_SINCE_BEST * evaluations))
+    return has_turned and has_paused and (learned is None or learned >= TURNED)
+
+
+def turned_at(evaluations: int) -> float:
+    """Standard errors above the anchor at which validation has turned, √(`TURNED`² + 2 ln (n / 10)).
+
+    Each evaluation is one more test. The normal tail falls as exp(−z²/2), so the chance of a false alarm at the n-th
+    evaluation falls as 1/n, and that of a whole run grows with the logarithm of its evaluations: of runs that only
+    fluctuate around the anchor, 18 in 100 are alarmed within ten evaluations and 40 within sixty, where two standard
+    errors throughout would alarm 69.
+
+    Args:
+        evaluations: n, so far; `TURNED` up to ten.
+    """
+    return math.sqrt(TURNED**2 + 2 * math.log(max(1.0, evaluations / _TESTS)))
 
 
 def sequence_margin(values: Sequence[float], *, greater_is_better: bool) -> float | None:
@@ -275,7 +302,7 @@ def decide(config: ResetConfig, state: ResetState, step: int, *, seed: int) -> b
     on evidence (`patience` None), each doubling of the excursions (`stretch`) halves the probability and doubles
     the period; Luby's own are long now and then by themselves.
     """
-    if not config.can_reset or state.armed_step is None:
+    if not config.can_reset or state.armed_step is None or state.waiting:
         return False
     if config.max_resets is not None and state.resets >= config.max_resets:
         return False

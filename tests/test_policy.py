@@ -241,6 +241,59 @@ def test_resets_begin_once_two_evaluations_say_that_validation_has_turned():
     assert watched([0.0, 2.0, -1.0]).armed_step == 30  # and stay on
 
 
+def test_resets_wait_until_validation_turns_from_a_better_anchor_too():
+    state = watched([2.0, 2.0])
+    config = ResetConfig(probability=1.0)
+    assert decide(config, state, 31, seed=0)
+    state, moved = observe(config, state, 0.5, 40, greater_is_better=False)
+    assert moved
+    assert (state.waiting, state.armed_step) == (True, 30)
+    assert not decide(config, state, 41, seed=0)
+    for step, worse in ((50, 5.0), (60, 1.9), (70, 2.0)):
+        assert state.waiting
+        state, _ = observe(config, state, 1.5, step, greater_is_better=False, worse=worse)
+    assert not state.waiting
+    assert decide(config, state, 71, seed=0)
+
+
+def test_with_patience_a_better_anchor_is_waited_for_no_longer():
+    config = ResetConfig(probability=1.0, patience=1)
+    state = watched([None], config)
+    state, moved = observe(config, state, 0.5, 30, greater_is_better=False)
+    assert moved
+    assert decide(config, state, 31, seed=0)
+
+
+def test_a_fixed_anchor_never_makes_resets_wait():
+    config = ResetConfig(probability=1.0, anchor="fixed")
+    state = watched([2.0, 2.0], config)
+    state, moved = observe(config, state, 0.5, 40, greater_is_better=False)
+    assert not moved
+    assert decide(config, state, 41, seed=0)
+
+
+def test_the_more_evaluations_the_more_it_takes():
+    """The shares of runs with an alarm that `turned_at` states: tests that only fluctuate, two in a row averaged."""
+    assert [policy.turned_at(n) for n in (0, 1, 10)] == [2.0] * 3
+    assert policy.turned_at(60) == pytest.approx(math.sqrt(4 + 2 * math.log(6)))
+    rng = np.random.default_rng(0)
+    tests = rng.normal(size=(20_000, 61))
+    averaged = (tests[:, 1:] + tests[:, :-1]) / math.sqrt(2)
+    bars = np.array([policy.turned_at(n) for n in range(1, 61)])
+    shares = [(averaged[:, :n] >= bar).any(axis=1).mean() for n, bar in ((10, bars[:10]), (60, bars), (60, 2.0))]
+    assert shares == pytest.approx([0.18, 0.40, 0.69], abs=4 * math.sqrt(0.25 / 20_000) + 0.005)
+
+
+def test_a_pause_is_a_turn_only_where_it_is_a_tenth_of_the_run():
+    def paused(evaluations):
+        state = ResetState(best=1.0, anchor_step=10, values=(1.0,) * 57, evaluations_since_best=evaluations - 1)
+        state, _ = observe(ResetConfig(), state, 1.5, 580, greater_is_better=False, worse=4.0)
+        return state.armed
+
+    assert not paused(5)
+    assert paused(6)  # of 58
+
+
 def test_a_run_near_chance_is_not_armed():
     assert watched([3.0, 3.0], learned=1.9).armed_step is None
     assert watched([3.0, 3.0], learned=2.0).armed_step == 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_reset.planner.excursions import Entry
-from hf_reset.policy import TURNED, ResetConfig, ResetState, period_of, probability_now
+from hf_reset.policy import ResetConfig, ResetState, period_of, probability_now, turned_at
 from hf_reset.training.metric import MetricWatch
 
 # Whose weights the model ends with.
@@ -103,9 +103,13 @@ def _why_none(config: ResetConfig, state: ResetState, watch: MetricWatch, steps:
         return "`probability` is 0"
     if state.armed_step is None:
         if config.patience is None:
-            return f"validation never turned by {TURNED:g} standard errors"
+            return f"validation never turned by {turned_at(len(state.values)):.2g} standard errors"
         since = _times(state.evaluations_since_best, "evaluation")
         return f"only {since} had passed without a better {watch.key} at the end, of a `patience` of {config.patience}"
+    if state.waiting:
+        return (
+            f"after they began at step {state.armed_step}, validation did not turn from the better anchor found since"
+        )
     left = _times(steps - state.armed_step, "step")
     probability = probability_now(config, state)
     if config.policy == "bernoulli" or not probability:
