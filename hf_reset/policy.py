@@ -71,7 +71,7 @@ class ResetState:
         fruitless: excursions in a row from this anchor that were not.
         stretch: how often excursions from this anchor have been doubled, where resets begin on evidence.
         evaluated_step: optimizer steps done at the last evaluation.
-        waiting: whether resets pause, since the anchor is new and validation has not turned from it.
+        waiting: whether resets pause, since the anchor is new and no harm (`HARMED`) has been seen since.
         anchor_before: the metric at the evaluation before the anchor's, with `smooth`.
     """
 
@@ -157,8 +157,8 @@ def observe(
     - the anchor itself lies `TURNED` below what the labels' frequencies alone give, where that is known: a run
       near chance is not held there.
 
-    So it is with each anchor: a run that finds a better one after resets have begun is learning, and resets pause until
-    two evaluations, by `TURNED`, say that validation has turned from there too.
+    A run that finds a better anchor after that is learning: resets pause until an evaluation lies one standard error
+    above it (`HARMED`), and take no progress away.
 
     Where an evaluation has no rows to compare, the sequence of its values stands in, see `sequence_margin`.
 
@@ -195,11 +195,10 @@ def observe(
         worse = sequence_margin(state.values, greater_is_better=greater_is_better) if worse is None else worse
         harmed = state.harmed or (worse is not None and worse >= HARMED)
         since = state.evaluations_since_best + 1
-        state = replace(state, evaluations_since_best=since, worse=worse, harmed=harmed)
-    if (state.waiting or not state.armed) and state.anchor_step is not None and _begins(config, state, learned):
-        if not state.armed:
-            state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
-        state = replace(state, waiting=False)
+        waiting = state.waiting and not harmed
+        state = replace(state, evaluations_since_best=since, worse=worse, harmed=harmed, waiting=waiting)
+    if not state.armed and state.anchor_step is not None and _begins(config, state, learned):
+        state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
     return state, moved
 
 
@@ -218,7 +217,7 @@ def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, 
 def _begins(config: ResetConfig, state: ResetState, learned: float | None) -> bool:
     if config.patience is not None:
         return state.evaluations_since_best >= config.patience
-    evaluations = 0 if state.armed else len(state.values)  # once one turn is known, the next need not be waited for
+    evaluations = len(state.values)
     has_turned = state.worse is not None and state.worse >= turned_at(evaluations)
     has_paused = state.evaluations_since_best >= max(_SINCE_BEST, math.ceil(_SHARE_SINCE_BEST * evaluations))
     return has_turned and has_paused and (learned is None or learned >= TURNED)

@@ -241,7 +241,7 @@ def test_resets_begin_once_two_evaluations_say_that_validation_has_turned():
     assert watched([0.0, 2.0, -1.0]).armed_step == 30  # and stay on
 
 
-def test_resets_wait_until_validation_turns_from_a_better_anchor_too():
+def test_resets_wait_until_harm_is_seen_from_a_better_anchor_too():
     state = watched([2.0, 2.0])
     config = ResetConfig(probability=1.0)
     assert decide(config, state, 31, seed=0)
@@ -249,8 +249,9 @@ def test_resets_wait_until_validation_turns_from_a_better_anchor_too():
     assert moved
     assert (state.waiting, state.armed_step) == (True, 30)
     assert not decide(config, state, 41, seed=0)
-    for step, worse in ((50, 5.0), (60, 1.9), (70, 2.0)):
+    for step, worse in ((50, 0.9), (60, None), (70, 1.0)):
         assert state.waiting
+        assert not decide(config, state, step - 1, seed=0)
         state, _ = observe(config, state, 1.5, step, greater_is_better=False, worse=worse)
     assert not state.waiting
     assert decide(config, state, 71, seed=0)

@@ -15,6 +15,9 @@ from hf_reset.losses.memory import REMEMBERING_LOSSES, named_remembering_loss
 from hf_reset.policy import ResetConfig
 from hf_reset.rows.refinement import MODES
 
+# Refinement moves what a run learns, and few noisy rows choose among its weights: averaged ones scatter less, and the
+# choice costs less (recipes/studies/README.md, "The comparison").
+REFINED_DECAY = 0.98
 _PREFIX = "reset_"
 
 
@@ -85,7 +88,7 @@ class ResetArguments:
         default=None,
         metadata={
             "help": "Decay per optimizer step, in [0, 1), of a moving average of the weights that is evaluated, "
-            "anchored, saved and finished with. Default: no average."
+            "anchored, saved and finished with; 0 for none. Default: 0.98 with reset_refine, else none."
         },
     )
     reset_loss: str | None = field(
@@ -156,6 +159,10 @@ class ResetArguments:
             ConfigError: a field has a value it cannot have.
         """
         values: dict[str, Any] = {f.name: getattr(self, _PREFIX + f.name) for f in fields(ResetConfig)}
+        if values["ema_decay"] is None and self.reset_refine != "off":
+            values["ema_decay"] = REFINED_DECAY
+        elif values["ema_decay"] == 0:
+            values["ema_decay"] = None
         scope = values["scope"]
         if isinstance(scope, str) and scope.startswith("["):
             with contextlib.suppress(json.JSONDecodeError):  # a regular expression may begin with a bracket

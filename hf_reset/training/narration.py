@@ -107,9 +107,8 @@ def _why_none(config: ResetConfig, state: ResetState, watch: MetricWatch, steps:
         since = _times(state.evaluations_since_best, "evaluation")
         return f"only {since} had passed without a better {watch.key} at the end, of a `patience` of {config.patience}"
     if state.waiting:
-        return (
-            f"after they began at step {state.armed_step}, validation did not turn from the better anchor found since"
-        )
+        began = f"after they began at step {state.armed_step} a better anchor was found"
+        return f"{began}, and no evaluation since was clearly worse than it"
     left = _times(steps - state.armed_step, "step")
     probability = probability_now(config, state)
     if config.policy == "bernoulli" or not probability:

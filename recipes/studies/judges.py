@@ -28,7 +28,7 @@ RESULTS = Path("recipes/results/studies/judges.json")
 NOISE = [("pair", 0.4), ("symmetric", 0.4), ("symmetric", 0.6), ("pair", 0.3), ("symmetric", 0.0)]
 ARMS = {
     "plain": {},
-    "reset + refine": {"reset_probability": 0.02, "reset_refine": "soft"},
+    "reset + refine": {"reset_probability": 0.02, "reset_refine": "soft", "reset_ema_decay": 0.0},
     "reset + refine + ema": {"reset_probability": 0.02, "reset_refine": "soft", "reset_ema_decay": 0.98},
 }
 JUDGES = ("loss", "accuracy", "calibrated")
