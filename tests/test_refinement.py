@@ -191,6 +191,20 @@ def test_misplaced_responses_are_counted_by_those_that_the_prompt_hinders():
     assert ResponseMemory(3).estimated_noise == 0
 
 
+def test_what_was_learnt_by_heart_still_counts_as_misplaced():
+    memory, _ = responses(0.3)
+    before = memory.estimated_noise
+    for _ in range(5):
+        memory.update(torch.arange(1000), torch.full((1000,), 0.1))
+    memory.share()
+    assert not (memory.ratios > 1).any()
+    assert memory.estimated_noise == before > 0.2
+    memory.mark_reset()
+    memory.update(torch.arange(1000), torch.full((1000,), 9.0))  # the first visit after a reset counts as well
+    memory.share()
+    assert memory.estimated_noise > before
+
+
 def test_misplaced_responses_are_weighed_down_or_left_out():
     memory, is_misplaced = responses()
     found = refine_responses(memory, replace(SOFT, noise_rate=0.3))
