@@ -21,6 +21,8 @@ _CHOICES = {
     "finish": ("anchor", "last"),
 }
 
+_LOOKS_BACK, _SHARE_LOOKED_BACK = 50, 1 / 16  # steps of an `ema_decay` "auto" at most, and of the whole run
+
 
 @dataclass(frozen=True)
 class ResetConfig:
@@ -66,7 +68,8 @@ class ResetConfig:
         ema_decay: d in [0, 1) of an exponential moving average of the scope, θ̄ ← d·θ̄ + (1 − d)·θ after each
             optimizer step; it looks back about 1/(1 − d) steps. The average is then what is evaluated, anchored,
             saved and finished with, and a reset sets both it and the live weights to the anchor. None: no average.
-            With `probability=0` it is averaging alone. Needs `ResetTrainer`.
+            With `probability=0` it is averaging alone. "auto" looks back over a sixteenth of the run, and over 50
+            steps at most: 0.98 from 800 steps on. Needs `ResetTrainer`.
 
     With `probability=0` (or `max_resets=0`), no average, and `finish="last"` or no evaluations, the run is the plain
     Trainer's, bit for bit, and no anchor is stored.
@@ -89,7 +92,7 @@ class ResetConfig:
     finish: Literal["anchor", "last"] = "anchor"
     max_resets: int | None = None
     seed: int | None = None
-    ema_decay: float | None = None
+    ema_decay: float | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):  # numbers of numpy are numbers, and JSON-plain ones from here on
@@ -120,10 +123,10 @@ class ResetConfig:
                 f"`min_delta` must be a finite number of at least 0, got {self.min_delta!r}. "
                 "It is a distance in the metric's units, whatever the direction."
             )
-        if self.ema_decay is not None and not (_is_real(self.ema_decay) and 0 <= self.ema_decay < 1):
+        if self.ema_decay not in (None, "auto") and not (_is_real(self.ema_decay) and 0 <= self.ema_decay < 1):
             raise ConfigError(
                 f"`ema_decay` must be in [0, 1) or None, got {self.ema_decay!r}. It is per optimizer step: 0.98 looks "
-                "back about 50 steps."
+                'back about 50 steps. "auto" goes by the length of the run.'
             )
         if self.metric is not None and (not isinstance(self.metric, str) or not self.metric):
             raise ConfigError(f"`metric` must be the name of an evaluation result or None, got {self.metric!r}.")
@@ -132,6 +135,12 @@ class ResetConfig:
         if not isinstance(self.smooth, bool):
             raise ConfigError(f"`smooth` must be True or False, got {self.smooth!r}.")
         object.__setattr__(self, "scope", _checked_scope(self.scope))
+
+    def decay_in(self, steps: int) -> float:
+        """`ema_decay` in a run of so many optimizer steps; 0, the weights as they are, for None."""
+        if self.ema_decay == "auto":
+            return 1 - 1 / max(1.0, min(_LOOKS_BACK, _SHARE_LOOKED_BACK * steps))
+        return self.ema_decay or 0.0
 
     @property
     def can_reset(self) -> bool:

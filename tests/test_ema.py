@@ -355,7 +355,29 @@ def test_a_trainer_used_twice_averages_anew(tmp_path):
     trainer.train()
     assert not equal(averages[1], first)
     assert equal(weights(trainer.model), averages[15])
-    assert ResetTrainingArguments(output_dir=str(tmp_path), reset_ema_decay=0.5).reset_config().ema_decay == 0.5
+
+    def decay(**fields):
+        return ResetTrainingArguments(output_dir=str(tmp_path), **fields).reset_config().ema_decay
+
+    assert decay(reset_ema_decay=0.5) == decay(reset_ema_decay="0.5") == 0.5
+    assert decay() is None
+    assert decay(reset_refine="soft") == decay(reset_ema_decay="auto") == "auto"
+    assert decay(reset_refine="soft", reset_ema_decay=0) is None
+    with pytest.raises(ConfigError, match="got 'slow'"):
+        decay(reset_ema_decay="slow")
+
+
+def test_auto_looks_back_over_a_sixteenth_of_the_run():
+    steps = [1, 16, 160, 800, 10_000]
+    assert [ResetConfig(ema_decay="auto").decay_in(n) for n in steps] == [0, 0, 0.9, 0.98, 0.98]
+    assert [ResetConfig(ema_decay=d).decay_in(160) for d in (None, 0.5)] == [0, 0.5]
+
+
+def test_auto_is_what_the_average_of_a_run_goes_by(tmp_path):
+    def last(folder, decay):
+        return ema_run(tmp_path / folder, **{**EMA, "reset_ema_decay": decay}, max_steps=32)[2][32]
+
+    assert equal(last("auto", "auto"), last("same", 0.5))
 
 
 def test_sft_with_lora_saves_the_adapter_that_was_evaluated_and_resumes_with_one(tmp_path):

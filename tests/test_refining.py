@@ -117,6 +117,7 @@ REFINE = {
     "logging_steps": 15,
     "reset_patience": 0,
     "reset_probability": 0.05,
+    "reset_ema_decay": 0,
 }
 
 

@@ -15,9 +15,6 @@ from hf_reset.losses.memory import REMEMBERING_LOSSES, named_remembering_loss
 from hf_reset.policy import ResetConfig
 from hf_reset.rows.refinement import MODES
 
-# Refinement moves what a run learns, and few noisy rows choose among its weights: averaged ones scatter less, and the
-# choice costs less (recipes/studies/README.md, "The comparison").
-REFINED_DECAY = 0.98
 _PREFIX = "reset_"
 
 
@@ -84,11 +81,12 @@ class ResetArguments:
     reset_advice: bool = field(
         default=True, metadata={"help": "Say in the log, once each, what goes wrong with resets, and the remedy."}
     )
-    reset_ema_decay: float | None = field(
+    reset_ema_decay: float | str | None = field(
         default=None,
         metadata={
             "help": "Decay per optimizer step, in [0, 1), of a moving average of the weights that is evaluated, "
-            "anchored, saved and finished with; 0 for none. Default: 0.98 with reset_refine, else none."
+            "anchored, saved and finished with; 0: none; auto: by the length of the run, 0.98 from 800 steps on. "
+            "Default: auto with reset_refine, else none."
         },
     )
     reset_loss: str | None = field(
@@ -137,9 +135,12 @@ class ResetArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
-        if isinstance(self.reset_probability, str):
-            with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
+        with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
+            if isinstance(self.reset_probability, str):
                 self.reset_probability = float(self.reset_probability)
+        with contextlib.suppress(ValueError):
+            if isinstance(self.reset_ema_decay, str):
+                self.reset_ema_decay = float(self.reset_ema_decay)
         self.reset_config()
         self._check_loss()
         if self.reset_refine not in MODES:
@@ -160,7 +161,9 @@ class ResetArguments:
         """
         values: dict[str, Any] = {f.name: getattr(self, _PREFIX + f.name) for f in fields(ResetConfig)}
         if values["ema_decay"] is None and self.reset_refine != "off":
-            values["ema_decay"] = REFINED_DECAY
+            # Refinement moves what a run learns, and few noisy rows choose among its weights: averaged ones scatter
+            # less, and the choice costs less (recipes/studies/README.md, "The comparison").
+            values["ema_decay"] = "auto"
         elif values["ema_decay"] == 0:
             values["ema_decay"] = None
         scope = values["scope"]

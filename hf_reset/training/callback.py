@@ -118,7 +118,7 @@ class StochasticResetCallback(TrainerCallback):
                 self.store = self._new_store(kwargs)
                 run.trained = TrainedParameters(kwargs["model"])
             if self.config.ema_decay is not None:
-                self.average = self._new_average(self.config.ema_decay, kwargs)
+                self.average = self._new_average(self.config.decay_in(state.max_steps), kwargs)
             if state.global_step > 0:
                 refuse_lost_state(kwargs["model"], kwargs["optimizer"])
         if state.global_step > 0:
