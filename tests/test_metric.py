@@ -45,9 +45,3 @@ def test_trainers_default_against_the_name_is_asked_about(tmp_path):
 @pytest.mark.parametrize("value", [1, 0.5, np.float32(0.5), np.int64(3), np.array(0.25)])
 def test_any_number_is_one(tmp_path, value):
     assert watch(tmp_path, {}).value_in({"eval_loss": value}) == float(value)
-
-
-def test_min_delta_counts_in_the_direction(tmp_path):
-    lower, higher = watch(tmp_path, {"min_delta": 0.1}), watch(tmp_path, {"metric": "f1", "min_delta": 0.1})
-    assert [lower.is_better(value, 1.0) for value in (0.95, 0.85, float("nan"))] == [False, True, False]
-    assert [higher.is_better(value, 1.0) for value in (1.05, 1.15, float("inf"))] == [False, True, False]

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from hf_reset.anchor.ranks import from_first, world_size
 from hf_reset.errors import MetricError
 from hf_reset.metrics.directions import greater_is_better as greater_by_name
-from hf_reset.policy import ResetConfig, is_better
+from hf_reset.policy import ResetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,11 @@ class MetricWatch:
     Args:
         key: its name among the evaluation's results, with the "eval_" prefix.
         greater_is_better: its direction.
-        min_delta: how much better than the best counts as a new best, in its units.
         is_of_first_set: whether it is the first evaluation set's, because nobody has named one of several.
     """
 
     key: str
     greater_is_better: bool
-    min_delta: float = 0.0
     is_of_first_set: bool = False
 
     @classmethod
@@ -62,7 +60,7 @@ class MetricWatch:
                 _refuse_unclear(key, greater, by_name, is_set=greater != (not key.endswith("loss")))
             greater = by_name if greater is None else greater
         is_of_first_set = default != "loss" and not (config.metric or args.metric_for_best_model)
-        return cls(key, True if greater is None else greater, config.min_delta, is_of_first_set)
+        return cls(key, True if greater is None else greater, is_of_first_set)
 
     def value_in(self, metrics: Mapping[str, float]) -> float | None:
         """The metric among an evaluation's results, None where they lack it.
@@ -80,10 +78,6 @@ class MetricWatch:
                 f"`metric` {self.key!r} must be a number, and the evaluation gave {value!r}. Return a float from "
                 "`compute_metrics`."
             ) from None
-
-    def is_better(self, value: float, best: float | None) -> bool:
-        """Whether `value` is a new best: finite, and better than `best` (None: there is none yet)."""
-        return is_better(value, best, greater_is_better=self.greater_is_better, min_delta=self.min_delta)
 
     def is_trainers(self, args: TrainingArguments) -> bool:
         """Whether Trainer chooses its own best by the same metric."""

@@ -224,7 +224,8 @@ def _read_progress(file: Path, metadata: dict[str, Any], events: list[Event]) ->
             state=ResetState.from_plain(metadata["state"]),
             events=events,
             config=ResetConfig(**metadata["config"]),
-            watch=MetricWatch(**metadata["metric"]),
+            # Older ones have `min_delta` there too, which the configuration has.
+            watch=MetricWatch(**{name: value for name, value in metadata["metric"].items() if name != "min_delta"}),
             seed=metadata["seed"],
             world_size=metadata["world_size"],
             evidence=RowEvidence.from_json(metadata["evidence"]),

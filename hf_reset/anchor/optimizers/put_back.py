@@ -81,7 +81,11 @@ class _WayBack:
 
     def _tensor(self, live: object, device: str, at: Place) -> Tensor:
         held = self._held[at]
-        if isinstance(live, Tensor) and not is_traceable_wrapper_subclass(local := self._reach.local(live)):
+        if type(live) is Tensor:  # the usual kind, one of thousands: nothing to unwrap
+            if _can_take(live, held) and not self._reach.is_weight(live):
+                self.pairs.append((live, held))
+                return live
+        elif isinstance(live, Tensor) and not is_traceable_wrapper_subclass(local := self._reach.local(live)):
             if _can_take(local, held) and not self._reach.is_weight(local):
                 self.pairs.append((local, held))
                 return live
@@ -136,12 +140,13 @@ class _WayBack:
     def _mapping(self, live: object, nodes: dict[str, Form], at: Place, users: frozenset[str] | None = None) -> object:
         entries: MutableMapping[object, object]
         entries = live if isinstance(live, MutableMapping) else self._objects.get(at, {})
-        for index, key in enumerate(list(entries)):
-            token = None if is_users(key, users) else self._reach.token(key, index, at)
-            if token is not None and token not in nodes and self._reach.holds(self._reach.step(token, at)):
-                del entries[key]
-        for token, form in nodes.items():
-            key = self._reach.key(token, at)
+        keys = [self._reach.key(token, at) for token in nodes]
+        if len(entries) > sum(key in entries for key in keys):  # else none is there that was not there then
+            for index, key in enumerate(list(entries)):
+                token = None if is_users(key, users) else self._reach.token(key, index, at)
+                if token is not None and token not in nodes and self._reach.holds(self._reach.step(token, at)):
+                    del entries[key]
+        for key, (token, form) in zip(keys, nodes.items(), strict=True):
             old = entries.get(key, _MISSING)
             new = self.put(old, form, self._reach.step(token, at))
             if new is not old:
@@ -208,4 +213,6 @@ def _set(live: object, items: list[object], at: Place) -> object:
 def _can_take(live: Tensor, held: Tensor) -> bool:
     """Whether a held value can be written into a live tensor: they are alike, and none of its elements is many."""
     alike = live.shape == held.shape and live.dtype == held.dtype and live.layout == held.layout
-    return alike and not any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
+    if not alike or live.layout is not torch.strided or live.is_contiguous():
+        return alike
+    return not any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
