@@ -44,7 +44,7 @@ CELLS = [
 def main() -> None:
     """Run what the results file lacks, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the results file")
     parser.add_argument("--metric", default="eval_calibrated_loss", help="what chooses anchors")
