@@ -183,23 +183,25 @@ def observe(
     improved = is_better(judged, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
     if config.probability == "auto":
         state = replace(state, plan=_planned(config, state, step, improved, noise))
+    moved = improved and (config.anchor == "best" or not state.armed)
     if improved:
-        moved = config.anchor == "best" or not state.armed
         state = replace(state, best=judged, evaluations_since_best=0, worse=None)
-        if moved:
-            state = replace(state, anchor_step=step, anchor_metric=metric, anchor_before=before)
-            waiting = state.armed and config.patience is None
-            state = replace(state, harmed=False, fruitless=0, stretch=0, waiting=waiting)
     else:
-        moved = False
-        worse = sequence_margin(state.values, greater_is_better=greater_is_better) if worse is None else worse
-        harmed = state.harmed or (worse is not None and worse >= HARMED)
-        since = state.evaluations_since_best + 1
-        waiting = state.waiting and not harmed
-        state = replace(state, evaluations_since_best=since, worse=worse, harmed=harmed, waiting=waiting)
+        state = _without_new_best(state, worse, greater_is_better)
+    if moved:
+        waiting = state.armed and config.patience is None
+        state = replace(state, anchor_step=step, anchor_metric=metric, anchor_before=before)
+        state = replace(state, harmed=False, fruitless=0, stretch=0, waiting=waiting)
     if not state.armed and state.anchor_step is not None and _begins(config, state, learned):
         state = replace(state, armed_step=step, armed_margin=state.worse if config.patience is None else None)
     return state, moved
+
+
+def _without_new_best(state: ResetState, worse: float | None, greater_is_better: bool) -> ResetState:
+    worse = sequence_margin(state.values, greater_is_better=greater_is_better) if worse is None else worse
+    harmed = state.harmed or (worse is not None and worse >= HARMED)
+    since, waiting = state.evaluations_since_best + 1, state.waiting and not harmed
+    return replace(state, evaluations_since_best=since, worse=worse, harmed=harmed, waiting=waiting)
 
 
 def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, noise: float | None) -> Plan:
