@@ -40,7 +40,7 @@ from hf_reset.planner.excursions import LOST
 from hf_reset.policy import TURNED
 from hf_reset.training.evidence import Reference, RowEvidence
 from hf_reset.training.raceable import PLAIN, ExcursionEvaluations, refuse_unraceable
-from hf_reset.training.refining import RefiningMixin
+from hf_reset.training.response_rows import ResponseRowsMixin
 
 CLEAR = TURNED  # standard errors of the paired difference over all rows that a candidate is to be better by
 LEVEL = 0.1  # the probability, at most, that a candidate better by that much loses its race
@@ -154,7 +154,7 @@ class Race:
         return calibrated_rows(logits, labels, 1.0, 0.0) if self._is_plain else calibrated_loss(logits, labels).rows
 
 
-class RacingMixin(RefiningMixin):
+class RacingMixin(ResponseRowsMixin):
     """Scheduled evaluations as races against the anchor (`reset_evaluation="paired"`), in front of any Trainer.
 
     Raced is what has an anchor that validation can tell from the labels' frequencies alone (`TURNED`). Carried to the

@@ -61,7 +61,7 @@ class ResetTrainerMixin(RacingMixin):
           the logs, and so in TensorBoard, W&B and the rest.
         - With a dict of evaluation sets and no metric named, the first one's loss chooses, and a line says so.
         - `reset_metric="eval_calibrated_loss"` needs no `compute_metrics`, and resets of single-label
-          classifiers begin on the evidence of validation rows.
+          classifiers and of causal language models begin on the evidence of validation rows.
         - `ema_decay`: the average is swapped in where the Trainer evaluates, predicts and saves. A checkpoint's model
           is the average; the live weights lie beside the anchor, for the resume.
         - One scalar for each reset (`reset/jump`, how far the weights went) and each move of the anchor

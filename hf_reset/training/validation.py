@@ -8,11 +8,13 @@ from typing import Any
 from transformers import Trainer
 
 from hf_reset.errors import MetricError
+from hf_reset.losses.by_name import shifts_labels
 from hf_reset.metrics.calibrated import METRIC_NAMES
 from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.policy import ResetConfig
 from hf_reset.training.evidence import RowSource
 from hf_reset.training.memory import is_classifier
+from hf_reset.training.response_rows import ResponseRows, ResponseRowsMixin
 
 CALIBRATED = METRIC_NAMES[0]
 _LABELS = ("labels", "label", "label_ids")
@@ -25,6 +27,7 @@ def row_source(
 
     `config.metric` "calibrated_loss" puts `with_calibrated_loss` around `compute_metrics`. Resets that begin on
     evidence, refinement, and races do the same for single-label classifiers, but add nothing to the metrics then.
+    Resets of causal language models take the losses of responses, where the evaluation loss chooses.
 
     Args:
         trainer: its `compute_metrics` is wrapped.
@@ -48,13 +51,24 @@ def row_source(
     if isinstance(own, CalibratedMetrics):
         own.keeps_last = races
         return own
-    asked = judges_rows or races or (config.can_reset and config.patience is None)
-    if not by_name and not (asked and has_class_rows(trainer)):
-        return None
+    on_evidence = config.can_reset and config.patience is None
+    if not by_name and not ((judges_rows or races or on_evidence) and has_class_rows(trainer)):
+        return _response_rows(trainer, config) if on_evidence else None
     source = CalibratedMetrics(own, adds_metrics=by_name)
     source.keeps_last = races
     trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
     return source
+
+
+def _response_rows(trainer: Trainer, config: ResetConfig) -> ResponseRows | None:
+    """Have a causal language model's evaluations leave the losses of their responses, where these can be had."""
+    model: Any = trainer.model
+    metric = (config.metric or trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric != "loss" or not isinstance(trainer, ResponseRowsMixin) or not shifts_labels(model):
+        return None
+    trainer.numbers_eval_rows = True
+    trainer.response_rows = ResponseRows()
+    return trainer.response_rows
 
 
 def judged_by(trainer: Trainer, config: ResetConfig) -> ResetConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,20 @@ def resumed(mode, folder: Path):
     return found
 
 
+def responses(folder: Path):
+    """Each response's loss at a validation of 21 rows, which two processes cannot share alike; and a run's arming."""
+    from test_response_rows import rows_of, trainer_of
+    from worker import fresh_state
+
+    fresh_state()
+    losses, _ = rows_of(trainer_of(folder / "rows", per_device_eval_batch_size=2))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = trainer_of(folder, reset_probability=0.3, per_device_train_batch_size=8 // world)
+    trainer.train()
+    state = trainer.reset_callback.reset_state
+    return {"losses": losses, "armed": state.armed_step, "margin": state.armed_margin, "resets": state.resets}
+
+
 def refused(folder: Path):
     """Regression has no classes: all processes say so, and none waits."""
     from tiny import TRAIN, VALIDATION, arguments, bert
@@ -67,7 +82,7 @@ def refused(folder: Path):
 
 
 def checks():
-    each = {"refused": refused}
+    each = {"refused": refused, "responses": responses}
     for mode in ("ddp", "fsdp", "fsdp1"):
         each[f"{mode}-resumed"] = partial(resumed, mode)
         for loss in LOSSES:

@@ -1,9 +1,10 @@
 """Rows in two gloo processes: DDP and FSDP remember what one process would, agree, resume exactly, and refuse."""
 
+import numpy as np
 import pytest
 import torch
 from launch import HERE, launch, results
-from rows import remembered
+from rows import remembered, responses
 from test_ddp_fsdp import found, same
 
 pytestmark = pytest.mark.distributed
@@ -14,7 +15,7 @@ CHECKS = [f"{mode}-{loss}" for mode in ("ddp", "fsdp") for loss in ("plain", "el
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    names = [*CHECKS, "ddp-resumed", "fsdp-resumed", "fsdp1-plain", "refused"]
+    names = [*CHECKS, "ddp-resumed", "fsdp-resumed", "fsdp1-plain", "refused", "responses"]
     return results(launch(HERE / "rows.py", folder, *names), folder)
 
 
@@ -52,6 +53,15 @@ def test_resume_is_exact(of_two, mode):
     assert {"refinement.targets", "loss.targets", "memory.classes"} <= runs["whole"].keys()
     whole, again = ({k: v.nan_to_num(-1) for k, v in runs[name].items()} for name in ("whole", "again"))
     assert same(whole, again)
+
+
+def test_two_processes_know_the_loss_of_each_response(of_two, tmp_path):
+    one = responses(tmp_path)
+    for rank in of_two:
+        np.testing.assert_allclose(rank["responses"]["losses"], one["losses"], rtol=1e-5)
+        assert rank["responses"]["armed"] == one["armed"]
+        assert rank["responses"]["margin"] == pytest.approx(one["margin"], rel=0.1)
+        assert rank["responses"]["resets"] == one["resets"] > 0
 
 
 def test_refusals_reach_all_processes(of_two):
