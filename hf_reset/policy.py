@@ -144,7 +144,7 @@ def observe(
     greater_is_better: bool,
     worse: float | None = None,
     learned: float | None = None,
-    noise: float | None = None,
+    loss: float | None = None,
 ) -> tuple[ResetState, bool]:
     """Take in one evaluation.
 
@@ -172,7 +172,7 @@ def observe(
         worse: how far validation lies above the anchor's, in standard errors of the rows' paired difference
             (`hf_reset.training.evidence`); None where there are no rows.
         learned: how far the anchor lies below the labels' frequencies, likewise.
-        noise: share of the validation labels that look wrong, in [0, 1], for "auto"; None: not known.
+        loss: the calibrated loss of the validation labels in nats, for "auto"; None: not known.
 
     Returns:
         The new state, and whether the anchor moves to the weights just evaluated.
@@ -182,7 +182,7 @@ def observe(
     state = replace(state, values=(*state.values, metric), evaluated_step=step)
     improved = is_better(judged, state.best, greater_is_better=greater_is_better, min_delta=config.min_delta)
     if config.probability == "auto":
-        state = replace(state, plan=_planned(config, state, step, improved, noise))
+        state = replace(state, plan=_planned(config, state, step, improved, loss))
     moved = improved and (config.anchor == "best" or not state.armed)
     if improved:
         state = replace(state, best=judged, evaluations_since_best=0, worse=None)
@@ -204,7 +204,7 @@ def _without_new_best(state: ResetState, worse: float | None, greater_is_better:
     return replace(state, evaluations_since_best=since, worse=worse, harmed=harmed, waiting=waiting)
 
 
-def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, noise: float | None) -> Plan:
+def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, loss: float | None) -> Plan:
     return plan_after_evaluation(
         state.plan or Plan(),
         step,
@@ -212,7 +212,7 @@ def _planned(config: ResetConfig, state: ResetState, step: int, improved: bool, 
         first=improved and state.best is None,
         periodic=config.policy == "periodic",
         counted=state.armed,
-        noise=noise,
+        loss=loss,
     )
 
 

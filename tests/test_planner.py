@@ -11,6 +11,7 @@ import pytest
 
 from hf_reset import planner
 from hf_reset.errors import ConfigError
+from hf_reset.metrics import calibrated_loss
 from hf_reset.planner import (
     LOWER,
     PRIOR,
@@ -180,23 +181,33 @@ def test_before_resets_begin_nothing_is_counted():
     assert plan.counts.hits[0] > 0.9
 
 
-def test_where_labels_look_clean_the_lower_bound_stands_until_excursions_say_otherwise():
-    def learning(noise):
-        return plan_after_evaluation(Plan(), 10, improved=True, first=True, noise=noise)
+def test_where_labels_are_clean_the_lower_bound_stands_until_excursions_say_otherwise():
+    def learning(loss):
+        return plan_after_evaluation(Plan(), 10, improved=True, first=True, loss=loss)
 
-    assert learning(None).probability == learning(0.06).probability == PRIOR / 10
-    plan = learning(0.04)
+    assert learning(None).probability == learning(0.33).probability == PRIOR / 10
+    plan = learning(0.32)
     assert plan.probability == LOWER / 10
-    plan = plan_after_evaluation(plan, 20, improved=False, first=False, noise=0.4)
+    plan = plan_after_evaluation(plan, 20, improved=False, first=False, loss=0.7)
     assert plan.probability == LOWER / 10, "what counts is the anchor's"
-    assert plan_after_evaluation(plan, 30, improved=True, first=False, noise=0.4).probability == PRIOR / 10
+    assert plan_after_evaluation(plan, 30, improved=True, first=False, loss=0.7).probability == PRIOR / 10
     told = replace(plan, counts=counts_of(excursions_from(early_or_never, 200), 10))
     assert plan_after_evaluation(told, 40, improved=False, first=False).probability > 5 * LOWER / 10
 
 
+def test_no_model_can_have_so_small_a_loss_where_a_tenth_of_the_labels_is_wrong():
+    rng, truth = np.random.default_rng(0), np.arange(4000) % 4
+    wrong = rng.random(4000) < 0.1
+    known = np.eye(4)[truth] * 8.0  # a model that knows the right class of each row, and is sure
+    uniform = np.where(wrong, (truth + rng.integers(1, 4, 4000)) % 4, truth)
+    for labels in (uniform, np.where(wrong, (truth + 1) % 4, truth)):
+        assert calibrated_loss(known, labels).loss > planner.plan.CLEAN - 3 * 0.01  # its standard error
+    assert calibrated_loss(known, truth).loss < planner.plan.CLEAN
+
+
 def test_plan_survives_json():
     plan = plan_after_reset(
-        Plan(interval=7, probability=0.1, noise=0.2, counts=counts_of([Excursion(0, (7, 14), True)], 7)), 20
+        Plan(interval=7, probability=0.1, loss=0.2, counts=counts_of([Excursion(0, (7, 14), True)], 7)), 20
     )
     assert Plan.from_plain(json.loads(json.dumps(asdict(plan)))) == plan
 

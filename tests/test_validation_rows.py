@@ -165,3 +165,10 @@ def test_a_short_run_ends_with_its_last_weights_and_says_so(tmp_path, caplog):
     assert trainer.reset_callback.reset_state.learned < 2
     assert equal(dict(recorder.after_step[4]), {n: p.detach() for n, p in trainer.model.named_parameters()})
     assert "cannot tell the anchor" in caplog.text
+
+
+def test_auto_knows_the_calibrated_loss_at_the_anchor(tmp_path):
+    """By which it takes labels for clean."""
+    trainer, _ = run(tmp_path, reset_probability="auto", max_steps=48)
+    state = trainer.reset_callback.reset_state
+    assert state.plan.loss == state.anchor_metric

@@ -34,7 +34,9 @@ Array: TypeAlias = NDArray[np.floating]
 # Resets an evaluation interval, x: no choice is outside the bounds. Above 1 most excursions would never be evaluated.
 PRIOR, LOWER, UPPER = 1 / 2, 1 / 32, 1.0
 BINS = 8  # ages 1, 2, 3–4, …, 65 and more
-CLEAN = 0.05  # fitted share of wrong validation labels below which the lower bound is what stands where little is known
+# Labels of which a share τ is wrong at random cost any model H(τ) nats at least. A calibrated validation loss below
+# H(1/10) shows that fewer are: there is little to save a run from, and LOWER stands where nothing else is known.
+CLEAN = 0.325
 ENOUGH_HITS, ENOUGH_EXCURSIONS = 3.0, 8.0  # below either, nothing can be said and the prior stands
 _FORGETTING = 0.98  # of what is known, at each excursion's end: half is gone after 34, since the anchor moves on
 _PRIOR_HITS = 2.0  # what a bin's prior weighs, in improvements
@@ -178,7 +180,7 @@ class Plan:
         start: steps done when the current excursion started.
         evaluated: whether the current excursion has had an evaluation.
         counts: of the excursions so far, older ones forgotten by and by.
-        noise: share of the validation labels that looked wrong at the anchor, in [0, 1]; None: not known.
+        loss: the calibrated loss of the validation labels at the anchor, in nats; None: not known.
     """
 
     probability: float | None = None
@@ -186,7 +188,7 @@ class Plan:
     start: int = 0
     evaluated: bool = False
     counts: Counts = Counts()
-    noise: float | None = None
+    loss: float | None = None
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Plan:
@@ -204,12 +206,12 @@ def plan_after_evaluation(
     first: bool,
     periodic: bool = False,
     counted: bool = True,
-    noise: float | None = None,
+    loss: float | None = None,
 ) -> Plan:
     """Take in one evaluation, and choose the probability anew.
 
-    Where labels look clean at the anchor (`CLEAN`) there is nothing that resets save a run from, and the lower bound
-    stands until excursions say otherwise.
+    Where labels are clean, by their loss at the anchor (`CLEAN`), there is little that resets save a run from, and the
+    lower bound stands until excursions say otherwise.
 
     Args:
         plan: what is known so far.
@@ -219,13 +221,13 @@ def plan_after_evaluation(
         periodic: whether resets come every round(1/r) steps rather than by chance.
         counted: whether resets have begun. Before, a run learns what is easy, each evaluation better than the last,
             and says nothing of what excursions find.
-        noise: share of the validation labels that look wrong, in [0, 1]; None: not known.
+        loss: the calibrated loss of the validation labels, in nats; None: not known.
     """
     age = step - plan.start
     if plan.interval is None and age > 0:
         plan = replace(plan, interval=age)
     if improved:
-        plan = replace(plan, noise=noise)
+        plan = replace(plan, loss=loss)
     interval = plan.interval
     if interval is None or age <= 0:
         return replace(plan, start=step) if improved else plan
@@ -233,7 +235,7 @@ def plan_after_evaluation(
         plan = replace(plan, counts=plan.counts.after(age, interval, improved), evaluated=True)
     if improved:
         plan = _excursion_ended(plan, step)
-    prior = LOWER if plan.noise is not None and plan.noise < CLEAN else PRIOR
+    prior = LOWER if plan.loss is not None and plan.loss < CLEAN else PRIOR
     chosen = best_resets_per_interval(plan.counts, periodic=periodic, prior=prior)
     return replace(plan, probability=chosen / interval)
 

@@ -306,7 +306,7 @@ class StochasticResetCallback(TrainerCallback):
             greater_is_better=run.watch.greater_is_better,
             worse=margins.worse,
             learned=margins.learned,
-            noise=None if fit is None else fit.wrong_labels,
+            loss=None if fit is None else fit.loss,
         )
         if rows is not None:
             run.evidence = run.evidence.moved(*rows) if moved else run.evidence.seen(rows[0])
