@@ -41,6 +41,8 @@ def test_the_gain_is_since_resets_began_in_the_metrics_direction():
         ({"max_resets": 0}, {}, "`max_resets` is 0"),
         ({"probability": 0}, {}, "`probability` is 0"),
         ({}, {}, "validation never turned by 2 standard errors"),
+        ({}, {"values": (1.0,) * 60}, r"validation never turned by 2\.8 standard errors"),
+        ({}, {"armed_step": 90, "waiting": True}, "at step 90 a better anchor was found, and no evaluation since was"),
         ({"patience": 3}, {"evaluations_since_best": 1}, "only 1 evaluation had passed .* of a `patience` of 3"),
         ({"patience": 3}, {"armed_step": 90}, "with r = 0.01 none of the 10 steps after step 90 drew one"),
         ({"policy": "periodic", "patience": 3}, {"armed_step": 90}, "a period of 100 did not end in 10 steps"),
