@@ -9,8 +9,8 @@
 A small BERT from scratch tells classes by the words of a bag, 40 % of its labels wrong. The fewer the validation rows,
 the closer the evaluations and the higher the probability, the easier resets begin on a fluctuation, near chance, and
 stay there. For each cell: plain training's last weights, and those of a run with resets (default arming, and the
-`patience` of two evaluations that used to be the default), and what the run would end with by default, on 1 000 clean
-test rows. What the results file has is skipped.
+`patience` of two evaluations that used to be the default), on 1 000 clean test rows. What the results file has is
+skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,12 @@ def rows_of(words: Any, labels: Any) -> Any:
 
 
 def run(*, rows: int, validation: int, every: int, rate: float, arm: str, seed: int, steps: int, metric: str) -> dict:
-    """One run; the clean accuracy of its last weights, and of those that it would end with by default."""
+    """One run; the clean accuracy of its last weights, and of those that it finishes with."""
     import numpy as np
     from transformers import BertConfig, BertForSequenceClassification, set_seed
     from transformers.utils import logging
 
     from hf_reset import ResetTrainer, ResetTrainingArguments
-    from hf_reset.policy import finishes_with_anchor
 
     logging.set_verbosity_error()
     words, true = bags(rows + validation, seed)
@@ -140,8 +138,7 @@ def run(*, rows: int, validation: int, every: int, rate: float, arm: str, seed: 
     last = accuracy(trainer, rows_of(test, truth))
     record = {"last": last, "finish": last, "resets": callback.reset_state.resets}
     record |= {"armed_step": callback.reset_state.armed_step, "anchor_step": callback.reset_state.anchor_step}
-    by_default = replace(callback.config, finish="anchor")
-    if callback.store and callback.store.is_set and finishes_with_anchor(by_default, callback.reset_state):
+    if callback.store is not None and callback.store.is_set:
         with callback.store.swapped():
             record["finish"] = accuracy(trainer, rows_of(test, truth))
     return record
@@ -171,7 +168,7 @@ def table(records: list[dict[str, Any]]) -> str:
             else:
                 resets = sum(record["resets"] for record in of_cell if record["arm"] == arm)
                 deviation = "" if spread[1] is None else f" ± {spread[1]:.3f}"
-                line.append(f"{spread[0]:.3f}{deviation}; ends {finish[0]:.3f} ({resets} resets)")
+                line.append(f"{spread[0]:.3f}{deviation}; anchor {finish[0]:.3f} ({resets} resets)")
         lines.append(line)
     return markdown_table(["training rows", "validation rows", "evaluation every", "learning rate", *ARMS], lines)
 
