@@ -148,10 +148,11 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
         cells_table,
         choices_table,
         comparison_table,
-        plot_comparison,
+        rivals_table,
         settings_of,
         suspects_table,
     )
+    from hf_reset.report.comparison_figure import plot_comparison
     from hf_reset.study.comparison import read_records
 
     records = read_records(folder)
@@ -165,6 +166,10 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
         comparison_table(records, chosen),
+        *(
+            f"{arm} beside each other method, on the runs that both have:\n\n{rivals_table(records, arm, chosen)}"
+            for arm in dict.fromkeys(record["arm"] for record in records if record["is_ours"])
+        ),
         cells_table(records),
         "What each figure of noisy validation chose in plain training:",
         choices_table(records),

@@ -14,6 +14,7 @@ from hf_reset.report.comparison import (
     choices_table,
     comparison_table,
     headline_table,
+    rivals_table,
     settings_of,
     suspects_table,
 )
@@ -36,6 +37,9 @@ def is_noisy(setting: str) -> bool:
 STUDY = {
     "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
     "comparison_other": lambda records: comparison_table(records, [s for s in settings_of(records) if not is_noisy(s)]),
+    "comparison_rivals": lambda records: rivals_table(
+        records, "reset + refine + ema", [s for s in settings_of(records) if is_noisy(s)]
+    ),
     "comparison_cells": cells_table,
     "headline": lambda records: headline_table(
         records, [s for s in settings_of(records) if is_noisy(s)], ["reset + refine", "reset + refine + ema"]

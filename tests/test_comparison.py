@@ -19,6 +19,7 @@ from hf_reset.report.comparison import (
     headline_table,
     line,
     lines_of,
+    rivals_table,
     suspects_table,
 )
 from hf_reset.study.arms import PLAIN, RESET, Arm
@@ -179,6 +180,23 @@ def test_the_headline_is_of_the_settings_that_all_have():
     assert lines[5].startswith("| reset, by accuracy | 10.0 % |")
     with pytest.raises(DataError, match="there is no setting that"):
         headline_table(records, ["c"], ["reset"])
+
+
+def test_beside_a_rival_only_the_runs_that_both_have_count():
+    records = [*RECORDS, record("a", "rival", 0, last=0.1, loss=0.85, accuracy=0.95, calibrated=0.1)]
+    lines = rivals_table(records, "reset").splitlines()
+    rival = next(line for line in lines if line.startswith("| rival"))
+    # Of seed 0 on a alone: 0.95, the stronger of its two, and ours 0.90, beside the best checkpoint's 0.80.
+    assert rival == "| rival | 1 | +15.0 | +10.0 | -5.0 (-5.0 to -5.0) | 0 / 0 / 1 |"
+    assert "| plain, by last | 3 | -15.0 | +4.0 | +19." not in rival
+    assert next(line for line in lines if line.startswith("| plain, by last")).split(" | ")[1:4] == [
+        "3",
+        "-15.0",
+        "+4.0",
+    ]
+    assert not any(line.startswith("| reset") for line in lines)
+    with pytest.raises(DataError, match="no record of the arm 'nobody'"):
+        rivals_table(records, "nobody")
 
 
 def test_many_settings_are_left_to_the_table_of_cells():

@@ -1,4 +1,4 @@
-"""The table and the figure of a comparison: every method beside the stronger best checkpoint of plain training.
+"""The tables of a comparison: every method beside the stronger best checkpoint of plain training.
 
 The baseline is what a user has already: plain training, and the checkpoint that noisy validation chooses by its
 loss or by its accuracy, whichever is better on that setting over its seeds. Other methods are read likewise; those
@@ -10,12 +10,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from hf_reset.errors import DataError
-from hf_reset.report.plots import new_figure, save_figure
 from hf_reset.report.results import value_at
 from hf_reset.report.tables import Record, markdown_table, mean_and_sd, spread_text
 
@@ -213,6 +211,60 @@ def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Seq
     )
 
 
+def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] | None = None) -> str:
+    """Markdown: one method beside each other one, on the very runs (setting and seed) that both have.
+
+    Args:
+        records: of the study.
+        ours: the method, by name; its checkpoint is chosen by the calibrated loss, or noisy loss or accuracy where it
+            is not one of this package's.
+        settings: those to take in; None: all.
+
+    Raises:
+        DataError: the study has no record of it.
+    """
+    settings = settings_of(records) if settings is None else settings
+    baseline, lines = baseline_of(records), lines_of(records)
+    if not (found := [one for one in lines if one.arm == ours]):
+        raise DataError(f"the study has no record of the arm {ours!r}.")
+    mine, rows = found[0], []
+    for one in lines:
+        gap = difference(mine, one, settings) if one.arm != ours else None
+        if gap is None:
+            continue
+        its, own = (difference(_on_runs_of(a, b), baseline, settings) for a, b in ((one, mine), (mine, one)))
+        runs = sum(len(_on_runs_of(one, mine).cells.get(setting, {})) for setting in settings)
+        rows.append(
+            [
+                _named(one) if one.arm != "plain" else f"plain, by {one.reading}",
+                str(runs),
+                *("–" if told is None else f"{told.mean:+.1f}" for told in (its, own)),
+                f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
+                f"{gap.wins} / {gap.ties} / {gap.losses}",
+            ]
+        )
+    return markdown_table(
+        [
+            "beside",
+            "runs",
+            "it, to best checkpoint",
+            f"{ours}, to it",
+            "the second less the first (95 %)",
+            "won / tied / lost",
+        ],
+        rows,
+    )
+
+
+def _on_runs_of(one: Line, other: Line) -> Line:
+    """The part of a line whose settings and seeds another has too."""
+    cells = {
+        setting: {seed: value for seed, value in seeds.items() if seed in other.cells.get(setting, {})}
+        for setting, seeds in one.cells.items()
+    }
+    return Line(one.arm, one.reading, {setting: seeds for setting, seeds in cells.items() if seeds})
+
+
 def cells_table(records: Sequence[Record], arms: Sequence[str] | None = None) -> str:
     """Markdown: a row a setting, a column a method, mean ± sample standard deviation over the seeds.
 
@@ -300,55 +352,6 @@ def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = N
     turned = [[setting, *(row[2 + place] for row in common)] for place, setting in enumerate(settings)]
     shown = [row for row in turned if any(cell != "–" for cell in row[1:])]
     return markdown_table(["setting", *(f"{method}, {ranked}" for method, ranked, *_ in common)], shown)
-
-
-def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
-    """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval."""
-    baseline, settings = baseline_of(records), settings_of(records)
-    lines = [one for one in lines_of(records) if (one.arm, one.reading) != ("plain", "last")]
-    figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
-    axis = figure.subplots()
-    looks = _looks(settings)
-    for height, one in enumerate(reversed(lines)):
-        for place, setting in enumerate(settings):
-            mine, other = one.cells.get(setting, {}), baseline.cells.get(setting, {})
-            points = [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
-            offset = 0.5 * ((place + 0.5) / len(settings) - 0.5)
-            colour, marker = looks[setting]
-            axis.plot(points, [height + offset] * len(points), marker, ms=4, alpha=0.75, color=colour, mew=0)
-        gap = difference(one, baseline, settings)
-        if gap is not None:
-            axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
-            axis.plot([gap.mean], [height], "D", color="black", ms=5)
-    axis.axvline(0, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
-    axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
-    # Colours say the data, shapes what is done to the labels.
-    colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}
-    markers = {_data_and_noise(setting)[1]: look[1] for setting, look in looks.items()}
-    handles = [axis.plot([], [], "s", ms=5, mew=0, color=one, label=name)[0] for name, one in colours.items()]
-    handles += [axis.plot([], [], one, ms=5, mew=0, color="#666666", label=name)[0] for name, one in markers.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return save_figure(figure, path)
-
-
-def _data_and_noise(setting: str) -> tuple[str, str]:
-    data, _, noise = setting.rpartition("-")
-    return data or setting, noise
-
-
-def _looks(settings: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each setting: by its data set, and by its noise."""
-    palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-    markers = ["o", "^", "D", "v", "P", "X", "*", "p"]
-    parts = {setting: _data_and_noise(setting) for setting in settings}
-    data, noise = (list(dict.fromkeys(pair[place] for pair in parts.values())) for place in (0, 1))
-    return {
-        setting: (palette[data.index(own) % len(palette)], markers[noise.index(kind) % len(markers)])
-        for setting, (own, kind) in parts.items()
-    }
 
 
 def _cell(seeds: Mapping[int, float] | None) -> str:

@@ -1,0 +1,59 @@
+"""The figure of a comparison: each method's difference to the best checkpoint, a point a setting and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_reset.report.comparison import baseline_of, difference, lines_of, settings_of
+from hf_reset.report.plots import new_figure, save_figure
+from hf_reset.report.tables import Record
+
+
+def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
+    """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval."""
+    baseline, settings = baseline_of(records), settings_of(records)
+    lines = [one for one in lines_of(records) if (one.arm, one.reading) != ("plain", "last")]
+    figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
+    axis = figure.subplots()
+    looks = _looks(settings)
+    for height, one in enumerate(reversed(lines)):
+        for place, setting in enumerate(settings):
+            mine, other = one.cells.get(setting, {}), baseline.cells.get(setting, {})
+            points = [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
+            offset = 0.5 * ((place + 0.5) / len(settings) - 0.5)
+            colour, marker = looks[setting]
+            axis.plot(points, [height + offset] * len(points), marker, ms=4, alpha=0.75, color=colour, mew=0)
+        gap = difference(one, baseline, settings)
+        if gap is not None:
+            axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
+            axis.plot([gap.mean], [height], "D", color="black", ms=5)
+    axis.axvline(0, color="black", lw=0.8, ls=":")
+    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
+    axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
+    # Colours say the data, shapes what is done to the labels.
+    colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}
+    markers = {_data_and_noise(setting)[1]: look[1] for setting, look in looks.items()}
+    handles = [axis.plot([], [], "s", ms=5, mew=0, color=one, label=name)[0] for name, one in colours.items()]
+    handles += [axis.plot([], [], one, ms=5, mew=0, color="#666666", label=name)[0] for name, one in markers.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return save_figure(figure, path)
+
+
+def _data_and_noise(setting: str) -> tuple[str, str]:
+    data, _, noise = setting.rpartition("-")
+    return data or setting, noise
+
+
+def _looks(settings: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each setting: by its data set, and by its noise."""
+    palette = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+    markers = ["o", "^", "D", "v", "P", "X", "*", "p"]
+    parts = {setting: _data_and_noise(setting) for setting in settings}
+    data, noise = (list(dict.fromkeys(pair[place] for pair in parts.values())) for place in (0, 1))
+    return {
+        setting: (palette[data.index(own) % len(palette)], markers[noise.index(kind) % len(markers)])
+        for setting, (own, kind) in parts.items()
+    }
