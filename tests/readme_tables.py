@@ -38,11 +38,13 @@ STUDY = {
     "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
     "comparison_other": lambda records: comparison_table(records, [s for s in settings_of(records) if not is_noisy(s)]),
     "comparison_rivals": lambda records: rivals_table(
-        records, "reset + refine + ema", [s for s in settings_of(records) if is_noisy(s)]
+        records, "reset + refine + ema + gce", [s for s in settings_of(records) if is_noisy(s)]
     ),
     "comparison_cells": cells_table,
     "headline": lambda records: headline_table(
-        records, [s for s in settings_of(records) if is_noisy(s)], ["reset + refine", "reset + refine + ema"]
+        records,
+        [s for s in settings_of(records) if is_noisy(s)],
+        ["reset + refine + ema", "reset + refine + ema + gce"],
     ),
     "choices": choices_table,
     "suspects": suspects_table,
