@@ -33,6 +33,14 @@ def is_noisy(setting: str) -> bool:
     return setting.endswith(("40", "60")) and "instance" not in setting
 
 
+OURS = ["reset + refine + ema", "reset + refine + ema + gce"]
+
+
+def of_arms(records: list[dict], *arms: str) -> list[dict]:
+    """The records of some methods."""
+    return [record for record in records if record["arm"] in arms]
+
+
 # The tables of the comparison, by their name in a README.
 STUDY = {
     "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
@@ -47,7 +55,10 @@ STUDY = {
         ["reset + refine + ema", "reset + refine + ema + gce"],
     ),
     "choices": choices_table,
-    "suspects": suspects_table,
+    "suspects": lambda records: suspects_table(of_arms(records, "plain", *OURS)),
+    "suspects_cleanlab": lambda records: suspects_table(
+        of_arms(records, "plain", *OURS, "cleanlab"), settings_of(of_arms(records, "cleanlab"))
+    ),
 }
 
 
