@@ -48,7 +48,10 @@ STUDY = {
     "comparison_rivals": lambda records: rivals_table(
         records, "reset + refine + ema + gce", [s for s in settings_of(records) if is_noisy(s)]
     ),
-    "comparison_cells": cells_table,
+    "comparison_ablations": lambda records: rivals_table(
+        of_arms(records, "plain", OURS[0], "refine + ema", "reset + refine", "reset"), OURS[0], settings_of(records)
+    ),
+    "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
     "headline": lambda records: headline_table(
         records,
         [s for s in settings_of(records) if is_noisy(s)],
