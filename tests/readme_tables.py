@@ -34,6 +34,12 @@ def is_noisy(setting: str) -> bool:
 
 
 OURS = ["reset + refine + ema", "reset + refine + ema + gce"]
+ABLATIONS = ["refine + ema", "reset + refine", "reset"]  # of the first of ours
+
+
+def settings(records: list[dict], *, noisy: bool = True) -> list[str]:
+    """The settings of which at least 40 % of the labels were made wrong; or the others."""
+    return [setting for setting in settings_of(records) if is_noisy(setting) == noisy]
 
 
 def of_arms(records: list[dict], *arms: str) -> list[dict]:
@@ -43,20 +49,12 @@ def of_arms(records: list[dict], *arms: str) -> list[dict]:
 
 # The tables of the comparison, by their name in a README.
 STUDY = {
-    "comparison": lambda records: comparison_table(records, [s for s in settings_of(records) if is_noisy(s)]),
-    "comparison_other": lambda records: comparison_table(records, [s for s in settings_of(records) if not is_noisy(s)]),
-    "comparison_rivals": lambda records: rivals_table(
-        records, "reset + refine + ema + gce", [s for s in settings_of(records) if is_noisy(s)]
-    ),
-    "comparison_ablations": lambda records: rivals_table(
-        of_arms(records, "plain", OURS[0], "refine + ema", "reset + refine", "reset"), OURS[0], settings_of(records)
-    ),
+    "comparison": lambda records: comparison_table(records, settings(records)),
+    "comparison_other": lambda records: comparison_table(records, settings(records, noisy=False)),
+    "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
+    "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
-    "headline": lambda records: headline_table(
-        records,
-        [s for s in settings_of(records) if is_noisy(s)],
-        ["reset + refine + ema", "reset + refine + ema + gce"],
-    ),
+    "headline": lambda records: headline_table(records, settings(records), OURS),
     "choices": choices_table,
     "suspects": lambda records: suspects_table(of_arms(records, "plain", *OURS)),
     "suspects_cleanlab": lambda records: suspects_table(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_reset.errors import DataError
 from hf_reset.report.results import value_at
@@ -103,12 +104,7 @@ def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: i
         settings: those to take in.
         seed: of the bootstrap's draws.
     """
-    pairs = []
-    for setting in settings:
-        mine, other = method.cells.get(setting, {}), baseline.cells.get(setting, {})
-        shared = sorted(mine.keys() & other.keys())
-        if shared:
-            pairs.append(100 * np.array([mine[one] - other[one] for one in shared]))
+    pairs = _paired(method, baseline, settings)
     if not pairs:
         return None
     means = np.array([values.mean() for values in pairs])
@@ -128,6 +124,17 @@ def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: i
         int((means < -100 * _TIE).sum()),
         float(means.min()),
     )
+
+
+def _paired(method: Line, baseline: Line, settings: Sequence[str]) -> list[NDArray[np.float64]]:
+    """The differences in points, an array over the shared seeds for each setting that both have."""
+    pairs = []
+    for setting in settings:
+        mine, other = method.cells.get(setting, {}), baseline.cells.get(setting, {})
+        shared = sorted(mine.keys() & other.keys())
+        if shared:
+            pairs.append(100 * np.array([mine[one] - other[one] for one in shared]))
+    return pairs
 
 
 def lines_of(records: Sequence[Record]) -> list[Line]:
@@ -232,13 +239,13 @@ def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] |
         gap = difference(mine, one, settings) if one.arm != ours else None
         if gap is None:
             continue
-        its, own = (difference(_on_runs_of(a, b), baseline, settings) for a, b in ((one, mine), (mine, one)))
-        runs = sum(len(_on_runs_of(one, mine).cells.get(setting, {})) for setting in settings)
+        its, own = _on_runs_of(one, mine), _on_runs_of(mine, one)
+        means = [[values.mean() for values in _paired(part, baseline, settings)] for part in (its, own)]
         rows.append(
             [
                 _named(one) if one.arm != "plain" else f"plain, by {one.reading}",
-                str(runs),
-                *("–" if told is None else f"{told.mean:+.1f}" for told in (its, own)),
+                str(sum(len(its.cells.get(setting, {})) for setting in settings)),
+                *(f"{statistics.fmean(points):+.1f}" if points else "–" for points in means),
                 f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
                 f"{gap.wins} / {gap.ties} / {gap.losses}",
             ]

@@ -135,12 +135,10 @@ class ResetArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
-        with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
-            if isinstance(self.reset_probability, str):
-                self.reset_probability = float(self.reset_probability)
-        with contextlib.suppress(ValueError):
-            if isinstance(self.reset_ema_decay, str):
-                self.reset_ema_decay = float(self.reset_ema_decay)
+        for name in ("reset_probability", "reset_ema_decay"):
+            with contextlib.suppress(ValueError):  # what is no number is for ResetConfig to judge
+                if isinstance(value := getattr(self, name), str):
+                    setattr(self, name, float(value))
         self.reset_config()
         self._check_loss()
         if self.reset_refine not in MODES:

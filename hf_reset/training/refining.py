@@ -17,7 +17,6 @@ from hf_reset.losses.memory import EarlyLearningRegularization, named_rememberin
 from hf_reset.losses.reduce import IGNORE_INDEX, ScoredRows, per_example, reduce, scored_rows
 from hf_reset.losses.robust import cross_entropy_rows, expected_rows, soft_target_rows
 from hf_reset.metrics.calibrated import CalibratedLoss
-from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.policy import ResetState
 from hf_reset.rows.memory import RowMemory
 from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refine_responses
@@ -289,7 +288,7 @@ class RefiningMixin(RowMemoryMixin):
         callback, memory = getattr(self, "reset_callback", None), self.row_memory
         if self.refinement_config.mode == "off" or memory is None or callback is None:
             return
-        fit = callback.rows.latest if isinstance(callback.rows, CalibratedMetrics) else None
+        fit = None if callback.rows is None else callback.rows.latest
         if not (callback.reset_state.armed or self._has_begun(callback.reset_state, fit)):
             return
         trained = self._rows_in_training()

@@ -42,7 +42,8 @@ def row_source(
         MetricError: the calibrated loss is to choose anchors, and `prediction_loss_only` keeps the logits away.
     """
     own: Any = trainer.compute_metrics
-    by_name = (config.metric or trainer.args.metric_for_best_model or "").removeprefix("eval_") == CALIBRATED
+    metric = (config.metric or trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    by_name = metric == CALIBRATED
     if by_name and trainer.args.prediction_loss_only:
         raise MetricError(
             f'`metric` "eval_{CALIBRATED}" is worked out from logits, and `prediction_loss_only` is True. Set it to '
@@ -53,18 +54,17 @@ def row_source(
         return own
     on_evidence = config.can_reset and config.patience is None
     if not by_name and not ((judges_rows or races or on_evidence) and has_class_rows(trainer)):
-        return _response_rows(trainer, config) if on_evidence else None
+        return _response_rows(trainer) if on_evidence and metric == "loss" else None
     source = CalibratedMetrics(own, adds_metrics=by_name)
     source.keeps_last = races
     trainer.compute_metrics = source  # pyright: ignore[reportAttributeAccessIssue]
     return source
 
 
-def _response_rows(trainer: Trainer, config: ResetConfig) -> ResponseRows | None:
+def _response_rows(trainer: Trainer) -> ResponseRows | None:
     """Have a causal language model's evaluations leave the losses of their responses, where these can be had."""
     model: Any = trainer.model
-    metric = (config.metric or trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric != "loss" or not isinstance(trainer, ResponseRowsMixin) or not shifts_labels(model):
+    if not isinstance(trainer, ResponseRowsMixin) or not shifts_labels(model):
         return None
     trainer.numbers_eval_rows = True
     trainer.response_rows = ResponseRows()

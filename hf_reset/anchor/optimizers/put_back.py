@@ -81,12 +81,11 @@ class _WayBack:
 
     def _tensor(self, live: object, device: str, at: Place) -> Tensor:
         held = self._held[at]
-        if type(live) is Tensor:  # the usual kind, one of thousands: nothing to unwrap
-            if _can_take(live, held) and not self._reach.is_weight(live):
-                self.pairs.append((live, held))
-                return live
-        elif isinstance(live, Tensor) and not is_traceable_wrapper_subclass(local := self._reach.local(live)):
-            if _can_take(local, held) and not self._reach.is_weight(local):
+        if isinstance(live, Tensor):
+            # The usual kind, one of thousands, has nothing to unwrap.
+            local = live if type(live) is Tensor else self._reach.local(live)
+            is_whole = local is live or not is_traceable_wrapper_subclass(local)
+            if is_whole and _can_take(local, held) and not self._reach.is_weight(local):
                 self.pairs.append((local, held))
                 return live
         weight = self._reach.parameters.get(at.name)
