@@ -104,7 +104,7 @@ def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: i
         settings: those to take in.
         seed: of the bootstrap's draws.
     """
-    pairs = _paired(method, baseline, settings)
+    pairs = paired_points(method, baseline, settings)
     if not pairs:
         return None
     means = np.array([values.mean() for values in pairs])
@@ -126,7 +126,7 @@ def difference(method: Line, baseline: Line, settings: Sequence[str], *, seed: i
     )
 
 
-def _paired(method: Line, baseline: Line, settings: Sequence[str]) -> list[NDArray[np.float64]]:
+def paired_points(method: Line, baseline: Line, settings: Sequence[str]) -> list[NDArray[np.float64]]:
     """The differences in points, an array over the shared seeds for each setting that both have."""
     pairs = []
     for setting in settings:
@@ -240,7 +240,7 @@ def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] |
         if gap is None:
             continue
         its, own = _on_runs_of(one, mine), _on_runs_of(mine, one)
-        means = [[values.mean() for values in _paired(part, baseline, settings)] for part in (its, own)]
+        means = [[values.mean() for values in paired_points(part, baseline, settings)] for part in (its, own)]
         rows.append(
             [
                 _named(one) if one.arm != "plain" else f"plain, by {one.reading}",

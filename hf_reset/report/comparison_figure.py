@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_reset.report.comparison import baseline_of, difference, lines_of, settings_of
+from hf_reset.report.comparison import baseline_of, difference, lines_of, paired_points, settings_of
 from hf_reset.report.plots import new_figure, save_figure
 from hf_reset.report.tables import Record
 
@@ -19,8 +19,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
     looks = _looks(settings)
     for height, one in enumerate(reversed(lines)):
         for place, setting in enumerate(settings):
-            mine, other = one.cells.get(setting, {}), baseline.cells.get(setting, {})
-            points = [100 * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
+            points = [point for seeds in paired_points(one, baseline, [setting]) for point in seeds]
             offset = 0.5 * ((place + 0.5) / len(settings) - 0.5)
             colour, marker = looks[setting]
             axis.plot(points, [height + offset] * len(points), marker, ms=4, alpha=0.75, color=colour, mew=0)
