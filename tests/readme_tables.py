@@ -34,7 +34,7 @@ def is_noisy(setting: str) -> bool:
 
 
 OURS = ["reset + refine + ema", "reset + refine + ema + gce"]
-ABLATIONS = ["refine + ema", "reset + refine", "reset"]  # of the first of ours
+ABLATIONS = ["refine + ema", "reset + refine", "reset", "reset + refine + ema, by eval_loss"]  # of the first of ours
 
 
 def settings(records: list[dict], *, noisy: bool = True) -> list[str]:
