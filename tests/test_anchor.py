@@ -506,3 +506,44 @@ def test_adalora_is_refused_and_its_head_is_not():
     AnchorStore(model, scope="head")
     with pytest.raises(UnsupportedError, match=r"AdaLoRA"):
         AnchorStore(model, scope="head", keep_rest=True)
+
+
+@pytest.mark.parametrize("change", ["none", "replaced", "half precision", "more", "fewer", "a view of a weight"])
+def test_a_second_reset_puts_back_whatever_became_of_the_optimizers_state(change: str) -> None:
+    """The first one remembers which states are dictionaries of tensors; that must not be taken for what is there."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+    step()
+    anchor = AnchorStore(model, optimizer)
+    for _ in range(2):  # what was learnt of one anchor must not outlive it
+        step()
+        anchor.snapshot()
+        wanted = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
+        step()
+        anchor.restore()
+        step()
+        p, state = next(iter(optimizer.state.items()))
+        if change == "replaced":
+            state["exp_avg"] = torch.ones_like(p)
+        elif change == "half precision":
+            state["exp_avg"] = state["exp_avg"].half()
+        elif change == "more":
+            state["extra"] = torch.ones(1)
+        elif change == "fewer":
+            del state["exp_avg_sq"]
+        elif change == "a view of a weight":
+            state["exp_avg"] = p.detach()
+        weights = [one.detach().clone() for one in anchor.tensors().values()]
+        anchor.restore()
+        for one, expected in zip(optimizer.state.values(), wanted, strict=True):
+            assert one.keys() == expected.keys()
+            assert all(one[key].dtype == value.dtype for key, value in expected.items())
+            assert all(torch.equal(one[key], value) for key, value in expected.items())
+        assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True))

@@ -18,6 +18,7 @@ from hf_reset.anchor.copies import Copy, Key, LiveViews
 from hf_reset.anchor.file import Header, Shapes, read_copy, write_copy
 from hf_reset.anchor.optimizers.look import KEEP, Look
 from hf_reset.anchor.optimizers.memory import from_header, to_header
+from hf_reset.anchor.optimizers.put_back import Held
 from hf_reset.anchor.optimizers.reach import Place
 from hf_reset.anchor.shards import Layout, copy_all
 from hf_reset.config import Scope
@@ -71,6 +72,7 @@ class AnchorStore:
         self._views = LiveViews(model, optimizer, scope, rest=keep_rest)
         self._copy = Copy(storage)
         self._look = Look(KEEP, {}, {})  # what the optimizer is to remember after a reset, its tensors apart
+        self._held: Held | None = None  # the optimizer's part of what a reset puts back, once one did
         self._fresh = Copy(storage)  # those tensors, where they are not the anchor's but a fresh optimizer's
         if optimizer_state != "keep":
             self._views.memory.rehearse()
@@ -138,6 +140,7 @@ class AnchorStore:
             live.update(_keyed("optimizer", look))
             self._look = look._replace(tensors={})  # live ones, which the optimizer may let go of
         self._copy.take(live)
+        self._held = None
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -151,9 +154,10 @@ class AnchorStore:
         self._views.give_up_gathered(kept=self._copy.held)
         self._copy.put_back(self._views.weights())
         if self.optimizer_state != "keep":
-            copy = self._copy if self.optimizer_state == "restore" else self._fresh
-            held = {Place(key.entry or "", key.name): tensor for key, tensor in copy.held.items() if key.is_optimizer}
-            copy_all(self._views.memory.put_back(self._look, held), non_blocking=True)
+            if self._held is None:
+                copied = (self._copy if self.optimizer_state == "restore" else self._fresh).held.items()
+                self._held = Held({Place(key.entry or "", key.name): held for key, held in copied if key.is_optimizer})
+            copy_all(self._views.memory.put_back(self._look, self._held), non_blocking=True)
 
     def finish(self) -> bool:
         """Leave the model as it was when the anchor was taken: `restore`, and the weights outside the scope.
@@ -249,6 +253,7 @@ class AnchorStore:
             self.refuse_unknown_fresh()
         self._fresh.held = {key: copy.held.pop(key) for key in list(copy.held) if key.kind == "fresh"}
         self._copy = copy
+        self._held = None
         return json.loads(header["metadata"])
 
     def refuse_unknown_fresh(self) -> None:

@@ -11,9 +11,17 @@ from hf_reset.report.tables import Record
 
 
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
-    """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval."""
+    """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval.
+
+    Methods that were seen on fewer than three settings of many are left to the table: their means say little.
+    """
     baseline, settings = baseline_of(records), settings_of(records)
-    lines = [one for one in lines_of(records) if (one.arm, one.reading) != ("plain", "last")]
+    lines = [
+        one
+        for one in lines_of(records)
+        if (one.arm, one.reading) != ("plain", "last")
+        and sum(bool(paired_points(one, baseline, [setting])) for setting in settings) >= min(3, len(settings))
+    ]
     figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
     axis = figure.subplots()
     looks = _looks(settings)
@@ -29,6 +37,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
             axis.plot([gap.mean], [height], "D", color="black", ms=5)
     axis.axvline(0, color="black", lw=0.8, ls=":")
     axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
+    axis.set_ylim(-0.8, len(lines) - 0.2)
     axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
     # Colours say the data, shapes what is done to the labels.
     colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}

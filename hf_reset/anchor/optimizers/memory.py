@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_reset.anchor.optimizers.look import Form, Look, look
-from hf_reset.anchor.optimizers.put_back import put_back
+from hf_reset.anchor.optimizers.put_back import Held, put_back
 from hf_reset.anchor.optimizers.reach import Place, Reach
 from hf_reset.anchor.optimizers.rehearsal import is_known, rehearse
 from hf_reset.anchor.shards import Shards, Zero12Shards, local_part, unwrapped_optimizer
@@ -95,7 +95,7 @@ class OptimizerMemory:
         return Look(["flat", seen.form, numbers], seen.tensors, seen.objects)
 
     @torch.no_grad()
-    def put_back(self, look: Look, held: Mapping[Place, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def put_back(self, look: Look, held: Held) -> list[tuple[Tensor, Tensor]]:
         """Give the optimizer the form it had; see `put_back.put_back` for arguments and errors."""
         if self.optimizer is None:
             return []
@@ -104,7 +104,7 @@ class OptimizerMemory:
         _, form, numbers = look.form
         pairs = put_back(self.optimizer, self._reach, Look(form, look.tensors, look.objects), held)
         for name in self._reach.parameters:
-            entries = {place.entry: tensor for place, tensor in held.items() if place.name == name}
+            entries = {place.entry: tensor for place, tensor in held.values.items() if place.name == name}
             pairs += _put_back_flat(self._flat, name, entries, numbers.get(name, {}))
         return pairs
 

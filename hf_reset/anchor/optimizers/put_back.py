@@ -29,16 +29,30 @@ _Kind = TypeVar("_Kind")
 _MISSING = object()
 
 
-def put_back(
-    optimizer: Optimizer, reach: Reach, look: Look, held: Mapping[Place, Tensor]
-) -> list[tuple[Tensor, Tensor]]:
+class Held:
+    """Copies of an optimizer's tensors, and what ways back have learnt of them, as long as they and their form last.
+
+    Args:
+        values: the copies, by place.
+
+    Attributes:
+        states: of each parameter's state that is a dictionary of tensors, by the identity of its form: the keys and
+            the copies in their order. Others have no keys.
+    """
+
+    def __init__(self, values: Mapping[Place, Tensor]) -> None:
+        self.values = values
+        self.states: dict[int, tuple[list[object], list[Tensor]]] = {}
+
+
+def put_back(optimizer: Optimizer, reach: Reach, look: Look, held: Held) -> list[tuple[Tensor, Tensor]]:
     """Give an optimizer the form it had. What was not there then is taken out, what is gone is put in.
 
     Args:
         optimizer: the one that was looked at, or another that is made alike.
         reach: the scope's.
         look: what `look` saw.
-        held: copies of its tensors, by place.
+        held: copies of its tensors; always the same for one look.
 
     Returns:
         What is left to do: pairs of a live tensor to write, and the held one to write into it.
@@ -54,11 +68,12 @@ def put_back(
 class _WayBack:
     """One way back. Each `_put_…` gives the value for its place: the live one, if it could be written in place."""
 
-    def __init__(self, name: str, reach: Reach, look: Look, held: Mapping[Place, Tensor]) -> None:
+    def __init__(self, name: str, reach: Reach, look: Look, held: Held) -> None:
         self._name = name
         self._reach = reach
         self._objects = look.objects
-        self._held = held
+        self._held = held.values
+        self._states = held.states
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self._by_kind: dict[str, Callable[[object, Any, Place], object]] = {
             "keep": lambda live, _, at: live,
@@ -147,10 +162,36 @@ class _WayBack:
                     del entries[key]
         for key, (token, form) in zip(keys, nodes.items(), strict=True):
             old = entries.get(key, _MISSING)
+            if token.startswith("@") and self._state(old, form, token, at):
+                continue
             new = self.put(old, form, self._reach.step(token, at))
             if new is not old:
                 entries[key] = new
         return entries
+
+    def _state(self, live: object, form: Form, token: str, at: Place) -> bool:
+        """Whether a parameter's state could be taken at once: a dictionary of tensors, with the keys it had.
+
+        Nearly all are, and the walk through a small model's takes longer than the copy.
+        """
+        known = self._states.get(id(form))
+        if known is None:
+            known = self._states[id(form)] = self._tensors_of(form, self._reach.step(token, at))
+        keys, held = known
+        if not keys or type(live) is not dict or list(live) != keys:
+            return False
+        pairs = list(zip(live.values(), held, strict=True))
+        for value, copied in pairs:
+            if type(value) is not Tensor or not _can_take(value, copied) or self._reach.is_weight(value):
+                return False
+        self.pairs += pairs
+        return True
+
+    def _tensors_of(self, form: Form, at: Place) -> tuple[list[object], list[Tensor]]:
+        if form[0] != "dict" or any(one[0] != "tensor" for one in form[1].values()):
+            return [], []
+        keys = [self._reach.key(token, at) for token in form[1]]
+        return keys, [self._held[self._reach.step(token, at)] for token in form[1]]
 
     def _object(self, live: object, nodes: dict[str, Form], at: Place) -> object:
         original = self._objects.get(at, live)

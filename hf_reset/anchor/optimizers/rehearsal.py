@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from hf_reset.anchor.optimizers.look import Look, look
 from hf_reset.anchor.optimizers.objects import constructor_arguments, is_rate, is_users
-from hf_reset.anchor.optimizers.put_back import put_back
-from hf_reset.anchor.optimizers.reach import Place, Reach
+from hf_reset.anchor.optimizers.put_back import Held, put_back
+from hf_reset.anchor.optimizers.reach import Reach
 from hf_reset.errors import ResetError, UnsupportedError
 
 _LARGEST = 1 << 20  # elements of a parameter that stands in for those like it
@@ -103,7 +103,7 @@ def _rehearse(name: str, twin: Optimizer, parameters: dict[str, nn.Parameter]) -
         )
     reach = Reach(parameters, {}, full=True, own=moved)
     anchor = look(twin, reach)
-    held = {place: tensor.clone() for place, tensor in anchor.tensors.items()}
+    held = Held({place: tensor.clone() for place, tensor in anchor.tensors.items()})
     weights = [p.detach().clone() for p in parameters.values()]
     first: list[Tensor] | None = None
     for _ in range(3):  # the first time from the anchor itself, then after excursions of two lengths
@@ -124,7 +124,7 @@ def _restore(
     twin: Optimizer,
     reach: Reach,
     anchor: Look,
-    held: Mapping[Place, Tensor],
+    held: Held,
     weights: list[tuple[nn.Parameter, Tensor]],
 ) -> None:
     for live, value in [*weights, *put_back(twin, reach, anchor, held)]:
