@@ -512,7 +512,7 @@ def test_adalora_is_refused_and_its_head_is_not():
 def test_a_second_reset_puts_back_whatever_became_of_the_optimizers_state(change: str) -> None:
     """The first one remembers which states are dictionaries of tensors; that must not be taken for what is there."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def step() -> None:

@@ -139,8 +139,8 @@ class AnchorStore:
             look = self._views.memory.look()
             live.update(_keyed("optimizer", look))
             self._look = look._replace(tensors={})  # live ones, which the optimizer may let go of
-        self._copy.take(live)
         self._held = None
+        self._copy.take(live)
 
     @torch.no_grad()
     def restore(self) -> None:

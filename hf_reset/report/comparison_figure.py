@@ -20,7 +20,7 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
         one
         for one in lines_of(records)
         if (one.arm, one.reading) != ("plain", "last")
-        and sum(bool(paired_points(one, baseline, [setting])) for setting in settings) >= min(3, len(settings))
+        and len(paired_points(one, baseline, settings)) >= min(3, len(settings))
     ]
     figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
     axis = figure.subplots()

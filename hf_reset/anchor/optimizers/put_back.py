@@ -100,12 +100,16 @@ class _WayBack:
             # The usual kind, one of thousands, has nothing to unwrap.
             local = live if type(live) is Tensor else self._reach.local(live)
             is_whole = local is live or not is_traceable_wrapper_subclass(local)
-            if is_whole and _can_take(local, held) and not self._reach.is_weight(local):
+            if is_whole and self._is_own_place(local, held):
                 self.pairs.append((local, held))
                 return live
         weight = self._reach.parameters.get(at.name)
         kind = torch.device(device) if weight is None or weight.device.type != device else weight.device
         return self._reach.whole(at, held.to(kind, copy=True))
+
+    def _is_own_place(self, local: Tensor, held: Tensor) -> bool:
+        """Whether a held value can be written into a tensor that is the optimizer's own, and no view of a weight."""
+        return _can_take(local, held) and not self._reach.is_weight(local)
 
     def _wrapped(self, live: object, parts: dict[str, Form], at: Place) -> object:
         """A tensor made of tensors, such as a quantised one."""
@@ -181,9 +185,8 @@ class _WayBack:
         if not keys or type(live) is not dict or list(live) != keys:
             return False
         pairs = list(zip(live.values(), held, strict=True))
-        for value, copied in pairs:
-            if type(value) is not Tensor or not _can_take(value, copied) or self._reach.is_weight(value):
-                return False
+        if not all(type(value) is Tensor and self._is_own_place(value, copied) for value, copied in pairs):
+            return False
         self.pairs += pairs
         return True
 
