@@ -200,12 +200,12 @@ class Copy:
     @torch.no_grad()
     def put_back(self, live: Live) -> None:
         """Copy back into those live tensors that are held, in one fused call."""
-        copy_all(self._pairs(live), non_blocking=True)
+        copy_all(self.pairs(live), non_blocking=True)
 
     @torch.no_grad()
     def exchange(self, live: Live) -> None:
         """Live and held tensors change places, one at a time. They must have one dtype for both to stay exact."""
-        for tensor, held in self._pairs(live):
+        for tensor, held in self.pairs(live):
             kept = tensor.clone()
             tensor.copy_(held)
             held.copy_(kept)
@@ -214,7 +214,7 @@ class Copy:
     def lerp(self, live: Live, weight: float) -> None:
         """Go a part of the way to the live values: held ← held + `weight` · (live − held). Integers are copied."""
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for tensor, held in self._pairs(live):
+        for tensor, held in self.pairs(live):
             if not held.is_floating_point():
                 held.copy_(tensor)
                 continue
@@ -237,7 +237,8 @@ class Copy:
         pinned = self.storage == "cpu" and value.device.type == "cuda"
         return torch.empty(value.shape, dtype=dtype, device=device, pin_memory=pinned)
 
-    def _pairs(self, live: Live) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, live: Live) -> list[tuple[Tensor, Tensor]]:
+        """Each live tensor that is held, and its held value."""
         return [(value, held) for key, held in self.held.items() if isinstance(value := live.get(key), Tensor)]
 
     def _wait_for(self, sources: Iterable[Tensor]) -> None:

@@ -347,9 +347,11 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]], *, non_blocking: bool = Fal
     groups: dict[tuple[torch.device, torch.dtype, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         key = (target.device, target.dtype, source.device, source.dtype)
-        targets, sources = groups.setdefault(key, ([], []))
-        targets.append(target)
-        sources.append(source)
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = ([], [])
+        group[0].append(target)
+        group[1].append(source)
     for targets, sources in groups.values():
         torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
             targets, sources, non_blocking=non_blocking

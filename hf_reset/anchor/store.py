@@ -152,12 +152,13 @@ class AnchorStore:
         self._refuse_swapped("restore")
         self._require_set("restore")
         self._views.give_up_gathered(kept=self._copy.held)
-        self._copy.put_back(self._views.weights())
+        pairs = self._copy.pairs(self._views.weights())
         if self.optimizer_state != "keep":
             if self._held is None:
                 copied = (self._copy if self.optimizer_state == "restore" else self._fresh).held.items()
                 self._held = Held({Place(key.entry or "", key.name): held for key, held in copied if key.is_optimizer})
-            copy_all(self._views.memory.put_back(self._look, self._held), non_blocking=True)
+            pairs += self._views.memory.put_back(self._look, self._held)
+        copy_all(pairs, non_blocking=True)
 
     def finish(self) -> bool:
         """Leave the model as it was when the anchor was taken: `restore`, and the weights outside the scope.

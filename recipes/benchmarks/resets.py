@@ -10,7 +10,7 @@
 For each model size (width x layers of a BERT), type and scope, in an order that changes from round to round:
 
 - `reset`, `snapshot`: `AnchorStore` with the optimizer's state;
-- `copy`: one bare fused copy of the tensors that the anchor holds, as fast as these bytes can be moved by torch;
+- `copy`: one bare fused copy of what the anchor holds to where a reset puts it, as fast as torch can move these bytes;
 - `load_state_dict`: model and optimizer back from a deep copy of their states, the way of the paper's code;
 - `reload`: the same from a checkpoint on disk, the way of `load_best_model_at_end`;
 - `bema`: an update of TRL's BEMACallback, an average of the weights;
@@ -149,15 +149,15 @@ def ways_of(anchor: AnchorStore) -> dict[str, Callable[[], object]]:
     """The anchor's verbs, and one bare fused copy of the tensors that it holds."""
     import torch
 
-    held = [tensor for tensor in anchor._copy.held.values() if tensor.numel() > 1]
-    groups: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in held:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    targets = {kind: [torch.empty_like(tensor) for tensor in tensors] for kind, tensors in groups.items()}
+    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, held in anchor._copy.pairs(anchor._live()):
+        targets, sources = groups.setdefault(held.dtype, ([], []))
+        targets.append(target)
+        sources.append(held)
 
     def bare() -> None:
-        for kind, tensors in groups.items():
-            torch._foreach_copy_(targets[kind], tensors)  # pyright: ignore[reportPrivateImportUsage]
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
     return {"copy": bare, "reset": anchor.restore, "snapshot": anchor.snapshot}
 
