@@ -11,6 +11,7 @@ from test_row_memory_trainer import CANNOT, RESETS, planted, same
 from hf_reset import ResetTrainer, ResetTrainingArguments
 from hf_reset.errors import ConfigError, DataError, UnsupportedError
 from hf_reset.rows.refinement import RefinementConfig
+from hf_reset.training.responses import _behind
 
 # Validation rows are few here, and it says so.
 pytestmark = pytest.mark.filterwarnings("ignore::hf_reset.errors.WeakEvidenceWarning")
@@ -354,20 +355,24 @@ def token_losses(logits, labels):
     return losses.sum(1) / scored.sum(1), losses.sum(1)
 
 
-def test_the_loss_of_a_response_with_and_without_its_prompt(tmp_path, tokenizer):
+def test_the_loss_of_a_response_behind_its_own_and_another_prompt(tmp_path, tokenizer):
     trainer = sft_run(tmp_path, tokenizer)
     memory = trainer.row_memory
     state = torch.get_rng_state()
     trainer.model.load_state_dict(trainer.start)
     trainer.model.eval()
-    for row in (0, 5, 47):  # the response alone, behind the token that begins a text
-        tokens = torch.tensor(trainer.train_dataset[row]["input_ids"])
-        response = tokens[torch.tensor(trainer.train_dataset[row]["labels"]) != -100]
-        start = trainer.model.config.bos_token_id
-        ids = torch.cat([torch.tensor([start]), response])[None]
-        with torch.no_grad():
-            loss = F.cross_entropy(trainer.model(input_ids=ids).logits[0, :-1], response)
-        torch.testing.assert_close(memory.reference[row], loss, rtol=1e-4, atol=1e-4)
+
+    def parts(row):
+        tokens, labels = (torch.tensor(trainer.train_dataset[row][name]) for name in ("input_ids", "labels"))
+        return tokens[labels == -100], tokens[labels != -100]
+
+    for row, other in ((0, 24), (5, 29), (47, 23)):  # half the data set away
+        response = parts(row)[1]
+        for prompt, seen in ((parts(row)[0], memory.before), (parts(other)[0], memory.reference)):
+            with torch.no_grad():
+                logits = trainer.model(input_ids=torch.cat([prompt, response])[None]).logits[0]
+            loss = F.cross_entropy(logits[len(prompt) - 1 : -1], response)
+            torch.testing.assert_close(seen[row], loss, rtol=1e-4, atol=1e-4)
     assert torch.equal(torch.get_rng_state(), state)
     sums, visits = torch.zeros(48), torch.zeros(48)
     weight, decay = torch.zeros(48), memory.decay
@@ -377,7 +382,6 @@ def test_the_loss_of_a_response_with_and_without_its_prompt(tmp_path, tokenizer)
             visits[row] += 1
     assert torch.equal(memory.visits.float(), visits)
     torch.testing.assert_close(memory.losses, sums / weight, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(memory.ratios, memory.losses / memory.reference)
     table = trainer.suspects(budget=3)
     assert table["is_label_issue"].sum() <= 3
     assert table["rank"].min() == table.loc[table["ratio"].idxmax(), "rank"] == 1
@@ -395,16 +399,28 @@ def test_suspect_responses_are_weighed_down(tmp_path, tokenizer):
     assert int(trainer.refinement.is_suspect.sum()) == 12
 
 
-def test_responses_are_weighed_down_once_validation_stalls_without_any_reset(tmp_path, tokenizer):
-    """Two evaluations without a new best have passed at step 15, and each row was seen twice."""
+def test_responses_are_weighed_down_from_the_first_step_or_once_resets_have_begun(tmp_path, tokenizer):
     known = RefinementConfig(mode="soft", noise_rate=0.25)
     trainer = sft_run(tmp_path, tokenizer, refinement=known, reset_probability=0.5, **STALLS)
     assert trainer.reset_callback.reset_state.armed_step is None
-    assert [event["step"] for event in judged(trainer)] == [15, 20]
-    assert int(trainer.refinement.is_suspect.sum()) == 12
+    assert all(entry[3] is not None and int(entry[3].is_suspect.sum()) == 12 for entry in trainer.heard)
     waiting = RefinementConfig(mode="soft", noise_rate=0.25, begin="resets")
     trainer = sft_run(tmp_path / "waits", tokenizer, refinement=waiting, reset_probability=0.5, **STALLS)
     assert trainer.refinement is None
+
+
+def test_a_long_response_meets_the_end_of_a_long_prompt():
+    """Behind another prompt no row gets longer than the longer of the two, which the model is known to take."""
+
+    def row(prompt, response):
+        return torch.tensor([*prompt, *response]), torch.tensor([-100] * len(prompt) + list(response))
+
+    short, long = row([1, 2], range(10, 18)), row(range(30, 36), [40, 41])
+    ids, labels = _behind(long, short)
+    assert ids.tolist() == [34, 35, *range(10, 18)]
+    assert labels.tolist() == [-100, -100, *range(10, 18)]
+    assert _behind(short, long)[0].tolist() == [1, 2, 40, 41]
+    assert _behind(long, row([1], []))[0].tolist() == list(range(30, 36))  # without a response nothing is scored
 
 
 def test_packed_responses_are_refused(tmp_path, tokenizer):

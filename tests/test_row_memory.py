@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -237,7 +238,7 @@ def test_refusals_name_what_is_wrong():
 
 def test_responses_mean_last_first_and_since_reset():
     memory = ResponseMemory(3, decay=0.5)
-    memory.set_reference(torch.tensor([2, 0]), torch.tensor([4.0, 2.0]))
+    memory.set_reference(torch.tensor([2, 0]), torch.tensor([1.0, 3.0]), torch.tensor([4.0, 2.0]))
     for step, losses in enumerate([[1.0, 8.0], [2.0, math.nan], [4.0, 6.0]]):
         memory.update(torch.tensor([0, 1]), torch.tensor(losses))
         if step == 0:
@@ -247,17 +248,16 @@ def test_responses_mean_last_first_and_since_reset():
     torch.testing.assert_close(
         memory.losses, torch.tensor([(0.25 + 1 + 4) / 1.75, (4 + 6) / 1.5, math.nan]), equal_nan=True
     )
-    torch.testing.assert_close(memory.ratios[0], memory.losses[0] / 2)
-    assert memory.ratios.isnan().tolist() == [False, True, True]  # no reference, never visited
+    assert memory.ratios.nan_to_num(-1).tolist() == [1.5, -1, 0.25]
     assert memory.last_loss[:2].tolist() == [4.0, 6.0]
     assert memory.first_visits.mean("loss")[:2].tolist() == [1.5, 7.0]
     assert memory.since_reset.mean("loss")[:2].tolist() == [3.0, 6.0]
-    assert memory.nbytes == 3 * 44
+    assert memory.nbytes == 3 * 48
 
 
 def test_responses_are_saved_exactly_and_refused_in_words():
     memory = ResponseMemory(3)
-    memory.set_reference(torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
+    memory.set_reference(torch.arange(3), torch.tensor([1.0, 1.5, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
     memory.update(torch.tensor([1]), torch.tensor([0.5]))
     memory.share()
     other = ResponseMemory(3)
@@ -266,29 +266,26 @@ def test_responses_are_saved_exactly_and_refused_in_words():
     with pytest.raises(DataError, match=r"One loss a row.*got \(2,\) for 1 rows"):
         memory.update(torch.tensor([1]), torch.tensor([0.5, 1.0]))
     with pytest.raises(DataError, match="must be above 0, got -1"):
-        memory.set_reference(torch.tensor([1]), torch.tensor([-1.0]))
+        memory.set_reference(torch.tensor([1]), torch.tensor([1.0]), torch.tensor([-1.0]))
+    with pytest.raises(DataError, match=r"One loss a row.*got \(2,\) for 1 rows"):
+        memory.set_reference(torch.tensor([1]), torch.tensor([1.0, 1.0]), torch.tensor([1.0]))
 
 
-def test_suspect_responses_are_those_that_the_prompt_hinders():
-    memory = ResponseMemory(6)
-    memory.set_reference(torch.arange(5), torch.full((5,), 2.0))
-    memory.update(torch.tensor([0, 1, 2, 3, 5]), torch.tensor([1.0, 2.5, 3.0, 1.9, 9.0]))
+def test_suspect_responses_are_those_that_their_own_prompt_hinders_most():
+    """Two of ten are harder behind their own prompt; as many again are not, though they are misplaced, too."""
+    memory = ResponseMemory(11)
+    own = torch.tensor([1.0, 2.5, 3.0, 1.9, 0.5, 0.6, 0.7, 0.8, 1.8, 1.1])
+    memory.set_reference(torch.arange(10), own, torch.full((10,), 2.0))
+    memory.update(torch.arange(11), torch.full((11,), 0.1))
     memory.share()
-    table = suspect_responses(memory, in_training=torch.arange(6) < 5)
-    assert table["is_label_issue"].tolist() == [False, True, True, False, False, False]
-    assert table["rank"].fillna(0).tolist() == [4, 2, 1, 3, 0, 0]
-    assert table["label_quality"][:4].tolist() == pytest.approx([1 / 1.5, 1 / 2.25, 1 / 2.5, 1 / 1.95])
-    assert table[["ratio", "label_quality", "reference_loss"]].isna().sum().tolist() == [2, 2, 1]
-    assert table["visits"].tolist() == [1, 1, 1, 1, 0, 1]
-    assert table["in_training"].tolist() == [True] * 5 + [False]
-    assert suspect_responses(memory, budget=1)["is_label_issue"].tolist() == [False, False, True, False, False, False]
-    assert suspect_responses(memory, noise_rate=0.75)["is_label_issue"].tolist() == [
-        False,
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
+    table = suspect_responses(memory, in_training=torch.arange(11) < 10)
+    assert np.flatnonzero(table["is_label_issue"]).tolist() == [1, 2, 3, 8]
+    assert table["rank"][[2, 1, 3, 8, 9]].tolist() == [1, 2, 3, 4, 5]
+    assert table["label_quality"][:3].tolist() == pytest.approx([1 / 1.5, 1 / 2.25, 1 / 2.5])
+    assert table[["ratio", "label_quality", "reference_loss", "rank"]].isna().sum().tolist() == [1, 1, 1, 1]
+    assert table["visits"].tolist() == [1] * 11
+    assert table["in_training"].tolist() == [True] * 10 + [False]
+    assert np.flatnonzero(suspect_responses(memory, budget=1)["is_label_issue"]).tolist() == [2]
+    assert np.flatnonzero(suspect_responses(memory, noise_rate=0.5)["is_label_issue"]).tolist() == [1, 2, 3, 8, 9]
     with pytest.raises(DataError, match="`noise_rate` must be in"):
         suspect_responses(memory, noise_rate=2)

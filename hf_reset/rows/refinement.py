@@ -31,10 +31,11 @@ class RefinementConfig:
     begin: str = "stall"
     """"stall": once two evaluations in a row brought no new best, or resets have begun. These wait for evidence that
     validation has turned, which can come late in a run, when there has long been much to correct; while validation
-    still improves, mean predictions of the past would hold the model back. "resets": not before resets have begun,
-    which is so in any case for responses, and where there are no validation logits to judge the model by."""
+    still improves, mean predictions of the past would hold the model back. Responses are judged before training, and
+    treated accordingly from the first step on. "resets": not before resets have begun, which is so in any case where
+    there are no validation logits to judge a classifier by."""
     min_visits: int = 2
-    """Nothing is touched before every row was seen so often."""
+    """No label is touched before every row was seen so often. (Responses are looked at before training.)"""
     decay: float = 0.8
     """γ of the memory, in (0, 1]: what a row's visit weighs after each later one. 1 is the plain mean."""
     noise_rate: float | None = None
@@ -139,31 +140,21 @@ def refine(
     return _treated(memory, config, is_suspect, f"{rate:.0%} of the labels look wrong.")
 
 
-def refine_responses(
-    memory: ResponseMemory, config: RefinementConfig, *, in_training: Tensor | None = None
-) -> Refinement:
+def refine_responses(memory: ResponseMemory, config: RefinementConfig) -> Refinement:
     """Weigh down the responses that their prompts do not help to foresee.
 
-    Suspects have the highest ratio of the loss given the prompt to the loss without it: as many as
-    `config.noise_rate` says, or else the memory's
-    `estimated_noise`.
+    Suspects have the highest ratio of the loss behind their own prompt to that behind another's: as many as
+    `config.noise_rate` says, or else the memory's `estimated_noise`.
 
     Args:
-        memory: After `share`, and with the losses without prompts set.
+        memory: With the losses before training set.
         config: Mode "drop" leaves suspects out, "soft" and "mix" weigh their loss by `suspect_weight`.
-        in_training: Which rows are trained on, (N,), bool; None: all that have a loss without prompt.
 
     Returns:
-        A `Refinement` without targets; while a row has been seen fewer than `config.min_visits` times not active.
+        A `Refinement` without targets.
     """
     if config.mode == "off":
         return _nothing(memory.num_rows, "Refinement is off.")
-    has_reference = memory.reference.isfinite()
-    reason = _unseen(
-        memory.visits, has_reference if in_training is None else in_training & has_reference, config.min_visits
-    )
-    if reason:
-        return _nothing(memory.num_rows, reason)
     ratios = memory.ratios.double().numpy()
     rate = memory.estimated_noise if config.noise_rate is None else config.noise_rate
     is_judged = ~np.isnan(ratios)

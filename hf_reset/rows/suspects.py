@@ -177,17 +177,17 @@ def suspect_responses(
     """The responses that look as if they belonged to other prompts, from what a run keeps of them.
 
     Args:
-        memory: After `share`, and with the losses without prompts set.
-        noise_rate: Share of misplaced responses in [0, 1]; None: the memory's `estimated_noise`, which
-            flags those that are harder to foresee with their prompt than without.
+        memory: After `share`, and with the losses before training set.
+        noise_rate: Share of misplaced responses in [0, 1]; None: the memory's `estimated_noise`.
         budget: At most this many rows are flagged, the worst. None: no limit.
         in_training: Which rows were in the training set, shape (N,), for a column of that name.
 
     Returns:
         A table indexed by the row's number with the columns `is_label_issue`, `label_quality` (1 / (1 + ratio) in
-        [0, 1], low is bad, below 0.5 where the prompt hinders), `loss` (mean token loss given the prompt),
-        `reference_loss` (without it), `ratio` of the two, `visits`, `in_training` where given, and `rank` (1 is
-        the worst). What is missing in a row without visit or reference is NaN, and the row is no issue.
+        [0, 1], low is bad, below 0.5 where the prompt hinders), `loss_before` (mean token loss before training, behind
+        the own prompt), `reference_loss` (behind another's), `ratio` of the two, `loss` (in training, see
+        `ResponseMemory.losses`), `visits`, `in_training` where given, and `rank` (1 is the worst). What is missing in
+        a row without visit or reference is NaN; without reference it is no issue.
 
     Raises:
         DataError: An option out of range.
@@ -201,6 +201,7 @@ def suspect_responses(
     table = {
         "is_label_issue": is_issue,
         "label_quality": 1 / (1 + ratios),
+        "loss_before": to_numpy(memory.before),
         "loss": to_numpy(memory.losses),
         "reference_loss": to_numpy(memory.reference),
         "ratio": ratios,

@@ -23,7 +23,7 @@ from hf_reset.rows.refinement import Refinement, RefinementConfig, refine, refin
 from hf_reset.rows.responses import ResponseMemory
 from hf_reset.training.arguments import ResetArguments
 from hf_reset.training.memory import RowMemoryMixin
-from hf_reset.training.responses import losses_without_prompts
+from hf_reset.training.responses import losses_before_training
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -249,8 +249,10 @@ class RefiningMixin(RowMemoryMixin):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if isinstance(self.row_memory, ResponseMemory) and self.row_memory.reference.isnan().all():
             model, loader = prepared
-            for rows, losses in losses_without_prompts(model, loader, self.args):
-                self.row_memory.set_reference(rows, losses)
+            for looked_at in losses_before_training(model, loader, self.args):
+                self.row_memory.set_reference(*looked_at)
+            if self.refinement_config.begin == "stall":
+                self.refinement = self._on_device(self._refined(None))
         return prepared
 
     def _make_memory(self) -> str | None:
@@ -291,28 +293,29 @@ class RefiningMixin(RowMemoryMixin):
         fit = None if callback.rows is None else callback.rows.latest
         if not (callback.reset_state.armed or self._has_begun(callback.reset_state, fit)):
             return
-        trained = self._rows_in_training()
-        if isinstance(memory, ResponseMemory):
-            found = refine_responses(memory, self.refinement_config, in_training=trained)
-        else:
-            found = refine(
-                memory,
-                self.refinement_config,
-                fitted_noise=0.0 if fit is None else fit.wrong_labels,
-                estimated_accuracy=None if fit is None else fit.estimated_accuracy,
-                in_training=trained,
-            )
+        found = self._refined(fit)
         if self.refinement is None or found.is_active or self.refinement.is_active:
             callback.record(self.state, "refinement", suspects=int(found.is_suspect.sum()), reason=found.reason)
         self.refinement = self._on_device(found)
+
+    def _refined(self, fit: CalibratedLoss | None) -> Refinement:
+        memory = self.row_memory
+        assert memory is not None
+        if isinstance(memory, ResponseMemory):
+            return refine_responses(memory, self.refinement_config)
+        return refine(
+            memory,
+            self.refinement_config,
+            fitted_noise=0.0 if fit is None else fit.wrong_labels,
+            estimated_accuracy=None if fit is None else fit.estimated_accuracy,
+            in_training=self._rows_in_training(),
+        )
 
     def _has_begun(self, state: ResetState, fit: CalibratedLoss | None) -> bool:
         """Whether rows are refined already, or are to be from here on though resets have not begun."""
         if self.refinement is not None and self.refinement.is_active:
             return True
-        # What judges: the fit to validation, or the losses without prompts, which were there before training.
-        can_tell = fit is not None or isinstance(self.row_memory, ResponseMemory)
-        stalls = self.refinement_config.begin == "stall" and can_tell
+        stalls = self.refinement_config.begin == "stall" and fit is not None
         return stalls and state.evaluations_since_best >= STALLED
 
     def _rows_in_training(self) -> Tensor | None:

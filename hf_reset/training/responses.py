@@ -1,11 +1,12 @@
-"""How surprising each response of a training set is without its prompt: one forward a row, before training begins."""
+"""How surprising each response is behind its own and another prompt: two forwards a row, before training begins."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hf_reset.anchor.ranks import gathered
 from hf_reset.losses.reduce import IGNORE_INDEX, per_example, scored_rows
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def losses_without_prompts(model: nn.Module, loader: Any, args: TrainingArguments) -> list[tuple[Tensor, Tensor]]:
-    """Mean token loss of each response by itself, behind the token that begins a text.
+def losses_before_training(
+    model: nn.Module, loader: Any, args: TrainingArguments
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Mean token loss of each response behind its own prompt, and behind the prompt of a row far away in the data set.
 
     The work is dealt out to the processes, in as many forwards on each, since a sharded model takes them together.
     No random number is drawn: the loader's data set and collator are used, not its sampler.
@@ -29,46 +32,61 @@ def losses_without_prompts(model: nn.Module, loader: Any, args: TrainingArgument
         args: the training arguments: device, `per_device_eval_batch_size`, this process and how many there are.
 
     Returns:
-        Of each process, row numbers (M,) and losses (M,) in nats; NaN for a row without response.
+        Of each process, row numbers (M,), and losses (M,) in nats, behind the own prompt and behind the other; NaN for
+        a row without response.
     """
-    positions = list(range(args.process_index, len(loader.dataset), args.world_size)) or [0]
-    most = -(-len(loader.dataset) // args.world_size)
-    start = _start_token(getattr(model, "module", model).config)
-    found: list[tuple[Tensor, Tensor]] = []
+    count, size = len(loader.dataset), args.per_device_eval_batch_size
+    positions = list(range(args.process_index, count, args.world_size)) or [0]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     was_training = model.training
     model.eval()
-    for first in range(0, most, args.per_device_eval_batch_size):
-        chosen = positions[first : first + args.per_device_eval_batch_size] or positions[:1]
-        batch = loader.collate_fn(loader.dataset.__getitems__(chosen))
-        rows = pop_rows(batch)
-        assert rows is not None
-        found.append((rows, _losses(model, _responses_alone(batch, start), args.device)))
+    for first in range(0, -(-count // args.world_size), size):
+        chosen = positions[first : first + size] or positions[:1]
+        own, others = (
+            loader.collate_fn(loader.dataset.__getitems__(rows))
+            for rows in (chosen, [(row + count // 2) % count for row in chosen])
+        )
+        numbers = pop_rows(own)
+        assert numbers is not None
+        responses, strangers = _rows_of(own), _rows_of(others)
+        swapped = [_behind(other, one) for one, other in zip(responses, strangers, strict=True)]
+        found.append((numbers, *(_losses(model, _padded(rows), args.device) for rows in (responses, swapped))))
     model.train(was_training)  # each step of training sets it anew
-    rows, losses = (torch.cat(part) for part in zip(*found, strict=True))
-    return gathered((rows, losses))
+    return gathered(tuple(torch.cat(part) for part in zip(*found, strict=True)))
 
 
-def _start_token(config: object) -> int:
-    """What begins a text: the tokens of a model's configuration, in the order of preference."""
-    text = getattr(config, "get_text_config", lambda: config)()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token = getattr(text, name, None)
-        if token is not None:
-            return int(token[0] if isinstance(token, (list, tuple)) else token)
-    return 0
+_Row: TypeAlias = tuple[Tensor, Tensor]
+"""Tokens (T,) and labels (T,) of one row, without padding."""
 
 
-def _responses_alone(batch: Batch, start: int) -> dict[str, Tensor]:
-    """The tokens that are scored, behind `start`, padded on the right: "input_ids", "attention_mask", "labels"."""
-    responses = [ids[labels != IGNORE_INDEX] for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
-    width = 1 + max(1, *(len(response) for response in responses)) if responses else 2
-    ids = torch.full((len(responses), width), start, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    mask = torch.zeros_like(ids)
-    for row, response in enumerate(responses):
-        ids[row, 1 : 1 + len(response)] = labels[row, 1 : 1 + len(response)] = response
-        mask[row, : 1 + len(response)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def _rows_of(batch: Batch) -> list[_Row]:
+    masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    rows = zip(batch["input_ids"], batch["labels"], masks, strict=True)
+    return [(ids[mask], labels[mask]) for ids, labels, mask in rows]
+
+
+def _behind(other: _Row, one: _Row) -> _Row:
+    """What follows the prompt of `one` behind the prompt of `other`, its end where both would be longer than either."""
+    begins, ends = _prompt_length(other), _prompt_length(one)
+    room = max(len(one[0]), len(other[0])) - (len(one[0]) - ends)
+    kept = slice(max(0, begins - room), begins)
+    return torch.cat([other[0][kept], one[0][ends:]]), torch.cat([other[1][kept], one[1][ends:]])
+
+
+def _prompt_length(row: _Row) -> int:
+    scored = (row[1] != IGNORE_INDEX).nonzero()
+    return int(scored[0]) if len(scored) else len(row[1])
+
+
+def _padded(rows: list[_Row]) -> dict[str, Tensor]:
+    """ "input_ids", "attention_mask" and "labels", padded on the right."""
+    ids, labels = zip(*rows, strict=True)
+    lengths = torch.tensor([len(one) for one in ids])
+    return {
+        "input_ids": pad_sequence(list(ids), batch_first=True),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+        "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
 def _losses(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
