@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     compare.add_argument("folder", metavar="DIR", help="records, such as recipes/results/studies/comparison")
     compare.add_argument("--settings", nargs="+", metavar="NAME", help="columns of the table. Default: all")
+    compare.add_argument(
+        "--best_of", nargs="+", metavar="ARM", help="a row more: of these methods the one with the best noisy accuracy"
+    )
     _add_find_errors(commands)
     options = parser.parse_args(argv)
     given = {name: value for name, value in vars(options).items() if name != "command"}
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             print(plan_report(**given))
         elif options.command == "compare":
-            print(comparison_report(options.folder, options.settings))
+            print(comparison_report(options.folder, options.settings, options.best_of))
         elif options.command == "find-errors":
             print(errors_report(**given))
         else:
@@ -134,16 +137,21 @@ def _check_written(data: Path, path: Path, argument: str, suffixes: tuple[str, .
         raise ConfigError(f"`{argument}` {str(path)!r} is the data itself. Name another file.")
 
 
-def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str:
+def comparison_report(
+    folder: str, settings: Sequence[str] | None = None, best_of_arms: Sequence[str] | None = None
+) -> str:
     """The tables of a study's records; with its figure they are also written into its folder.
 
     Args:
         folder: of records, one JSON a run.
         settings: names of the columns; None: all.
+        best_of_arms: methods of which a row more takes the one that noisy validation prefers; None: no such row.
 
     Raises:
         ConfigError: there are no records, or none of a setting that was named, or matplotlib is not installed.
+        DataError: fewer than two methods, or no run that all of them have.
     """
+    from hf_reset.report.best_of import best_of
     from hf_reset.report.comparison import (
         cells_table,
         choices_table,
@@ -161,6 +169,8 @@ def comparison_report(folder: str, settings: Sequence[str] | None = None) -> str
         raise ConfigError(f"`settings` {odd[0]!r} is not in the study; it has {', '.join(known)}.")
     chosen = list(settings or known)
     records = [record for record in records if record["setting"]["name"] in chosen]
+    if best_of_arms is not None:
+        records += best_of(records, best_of_arms)
     seeds = len({record["seed"] for record in records})
     parts = [
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "

@@ -10,6 +10,7 @@ import pytest
 
 from hf_reset.cli import main
 from hf_reset.errors import ConfigError, DataError
+from hf_reset.report.best_of import best_of
 from hf_reset.report.comparison import (
     baseline_of,
     cells_table,
@@ -224,13 +225,35 @@ def test_choices_of_plain_training_stand_beside_the_noise_that_was_fitted():
     assert lines[-1] == "| mean |  | 0.660 | 0.685 | 0.700 |  |  |"
 
 
+def test_of_two_runs_noisy_accuracy_takes_one():
+    def with_history(one, *values):
+        return {**one, "history": {"accuracy": [[10 * place, value] for place, value in enumerate(values)]}}
+
+    records = [
+        with_history(record("a", "x", 0, calibrated=0.9), 0.2, 0.6, 0.3),
+        with_history(record("a", "y", 0, calibrated=0.1), 0.5, 0.5),
+        with_history(record("a", "x", 1, calibrated=0.9), 0.4),
+        with_history(record("a", "y", 1, calibrated=0.1), 0.41),
+        with_history(record("b", "x", 0, calibrated=0.3), 0.5),
+        with_history(record("b", "y", 0, calibrated=0.2), 0.5),  # as good: the arm named first
+        with_history(record("b", "x", 1, calibrated=0.3), 0.5),  # alone
+    ]
+    found = best_of(records, ["x", "y"])
+    assert line(found, "best of x, y", "calibrated").cells == {"a": {0: 0.9, 1: 0.1}, "b": {0: 0.3}}
+    assert {one["train_seconds"] for one in found} == {20.0}
+    assert records[0]["arm"] == "x"
+    for arms in (["x"], ["x", "x"], ["x", "z"]):
+        with pytest.raises(DataError, match="takes two arms, and a setting and seed they share"):
+            best_of(records, arms)
+
+
 def test_an_arm_that_was_not_run_is_said():
     with pytest.raises(DataError, match="no record of the arm 'ema'"):
         line(RECORDS, "ema", "loss")
 
 
 def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
-    more = {"best_step": {"calibrated": None}, "history": {}}
+    more = {"best_step": {"calibrated": None}, "history": {"accuracy": [[10, 0.5]]}}
     for number, one in enumerate(RECORDS):
         name = f"{one['setting']['name']}--{one['arm']}--seed{number}"
         (tmp_path / f"{name}.json").write_text(json.dumps({**one, "suspects_auroc": 0.9 if number else 0.8, **more}))
@@ -242,6 +265,8 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert main(["compare", str(tmp_path), "--settings", "c"]) == 2
     assert "`settings` 'c' is not in the study; it has a, b." in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "empty")]) == 2
+    assert main(["compare", str(tmp_path), "--best_of", "plain", "reset"]) == 0
+    assert "| best of plain, reset | loss/accuracy |" in capsys.readouterr().out
 
 
 def test_a_study_of_cells_goes_on_where_its_file_ends_and_keeps_what_it_has(tmp_path):

@@ -10,7 +10,7 @@ One run with resets is trained on each setting (as `run.py` trains, with evaluat
 of all validation rows are kept at each evaluation. Then its evaluations are held again as races, in several random
 orders: the anchor is where the races put it, and each decision is held against that of the full evaluation of the same
 candidate and the same anchor. Rows are counted, not seconds: the machine is shared. A trajectory takes two to eight
-minutes of one core and is kept in --trajectories; what is there is not trained again.
+minutes of one core and is kept in --trajectories; what is there is not trained again, nor what the results have.
 """
 
 from __future__ import annotations
@@ -35,6 +35,18 @@ CELLS = {
         "probability": 0.02,
     },
     "trec-symmetric40, 2000 rows": {"dataset": "trec", "validation_rows": 2000, "steps": 1200, "probability": 0.05},
+    "trec-symmetric40, 400 rows, no resets": {
+        "dataset": "trec",
+        "validation_rows": 400,
+        "steps": 800,
+        "probability": 0.0,
+    },
+    "docstrings-symmetric40, 400 rows, no resets": {
+        "dataset": "docstrings",
+        "validation_rows": 400,
+        "steps": 800,
+        "probability": 0.0,
+    },
 }
 
 
@@ -43,28 +55,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../shared/data", help="folder of the data sets, one folder each")
     parser.add_argument("--trajectories", default=f"{tempfile.gettempdir()}/racing", help="where logits are kept")
-    parser.add_argument("--orders", type=int, default=3, help="random orders of the rows")
+    parser.add_argument("--orders", type=int, default=1, help="random orders of the rows")
     parser.add_argument("--seed", type=int, default=0, help="of the splits, the noise and the training")
     options = parser.parse_args()
     import torch
 
-    from hf_reset.files import write_atomic
-    from hf_reset.report.environment import environment_record
+    from hf_reset.study.cells import complete
 
     torch.set_num_threads(1)
-    records = []
-    for name, cell in CELLS.items():
-        kept = trajectory(name, cell, options)
-        races = [race_through(kept, order) for order in range(options.orders)]
-        records.append({"setting": name, "seed": options.seed, **cell, **summary(races, len(kept["labels"]))})
-        content = {"environment": environment_record(torch.device("cpu")), "block": BLOCK, "records": records}
-        write_atomic(RESULTS, json.dumps(content, indent=1) + "\n")
-        print(json.dumps(records[-1]), flush=True)
+
+    def raced(cell: dict[str, Any]) -> dict[str, Any]:
+        kept = trajectory(cell, options)
+        return summary([race_through(kept, order) for order in range(options.orders)], len(kept["labels"]))
+
+    asked = [{"setting": name, "seed": options.seed, **cell} for name, cell in CELLS.items()]
+    for record in complete(RESULTS, asked, raced, block=BLOCK):
+        print(json.dumps(record))
 
 
-def trajectory(name: str, cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def trajectory(cell: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Steps (E,), logits (E, N, K) and whether the weights had just been put back (E,); labels (N,)."""
-    file = Path(options.trajectories) / f"{name.replace(', ', '-').replace(' ', '-')}-seed{options.seed}.npz"
+    name = cell["setting"].replace(", ", "-").replace(" ", "-")
+    file = Path(options.trajectories) / f"{name}-seed{options.seed}.npz"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **train(cell, options))
