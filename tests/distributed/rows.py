@@ -51,7 +51,8 @@ def resumed(mode, folder: Path):
 
 
 def responses(folder: Path):
-    """Each response's loss at a validation of 21 rows, which two processes cannot share alike; and a run's arming."""
+    """Each response's loss at a validation of 21 rows, which two processes cannot share alike; a run's arming; and what
+    another's look at its 39 training rows said before the first step."""
     from test_response_rows import rows_of, trainer_of
     from worker import fresh_state
 
@@ -61,7 +62,18 @@ def responses(folder: Path):
     trainer = trainer_of(folder, reset_probability=0.3, per_device_train_batch_size=8 // world)
     trainer.train()
     state = trainer.reset_callback.reset_state
-    return {"losses": losses, "armed": state.armed_step, "margin": state.armed_margin, "resets": state.resets}
+    cls = partial(ResetTrainer, refinement=RefinementConfig(mode="soft", noise_rate=0.25))
+    judge = trainer_of(folder / "judge", cls=cls, max_steps=1, per_device_eval_batch_size=8)
+    judge.train_dataset = judge.train_dataset.select(range(39))
+    judge.train()
+    return {
+        "losses": losses,
+        "armed": state.armed_step,
+        "margin": state.armed_margin,
+        "resets": state.resets,
+        "looked_at": torch.stack([judge.row_memory.before, judge.row_memory.reference]),
+        "is_suspect": judge.refinement.is_suspect,
+    }
 
 
 def refused(folder: Path):

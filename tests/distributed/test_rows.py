@@ -62,6 +62,11 @@ def test_two_processes_know_the_loss_of_each_response(of_two, tmp_path):
         assert rank["responses"]["armed"] == one["armed"]
         assert rank["responses"]["margin"] == pytest.approx(one["margin"], rel=0.1)
         assert rank["responses"]["resets"] == one["resets"] > 0
+        torch.testing.assert_close(
+            rank["responses"]["looked_at"], one["looked_at"], rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+        assert torch.equal(rank["responses"]["is_suspect"], one["is_suspect"])
+        assert 0 < one["is_suspect"].sum() < 39
 
 
 def test_refusals_reach_all_processes(of_two):
