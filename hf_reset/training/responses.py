@@ -48,11 +48,13 @@ def losses_before_training(
         )
         numbers = pop_rows(own)
         assert numbers is not None
-        responses, strangers = _rows_of(own), _rows_of(others)
-        swapped = [_behind(other, one) for one, other in zip(responses, strangers, strict=True)]
-        found.append((numbers, *(_losses(model, _padded(rows), args.device) for rows in (responses, swapped))))
+        in_place = _rows_of(own)
+        swapped = [_behind(other, one) for one, other in zip(in_place, _rows_of(others), strict=True)]
+        losses = [_losses(model, _padded(rows), args.device) for rows in (in_place, swapped)]
+        found.append((numbers, losses[0], losses[1]))
     model.train(was_training)  # each step of training sets it anew
-    return gathered(tuple(torch.cat(part) for part in zip(*found, strict=True)))
+    rows, own, others = (torch.cat(part) for part in zip(*found, strict=True))
+    return gathered((rows, own, others))
 
 
 _Row: TypeAlias = tuple[Tensor, Tensor]
