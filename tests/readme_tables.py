@@ -20,7 +20,7 @@ from hf_reset.report.comparison import (
     suspects_table,
 )
 from hf_reset.report.results import read_results
-from hf_reset.report.tables import markdown_table, summary_table
+from hf_reset.report.tables import RESETS, Column, markdown_table, summary_table
 from hf_reset.study.comparison import read_records
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,17 @@ def with_choices(records: list[dict]) -> list[dict]:
     """The records, and what noisy accuracy takes of ours with and without GCE, and of the rivals' likewise."""
     return [*records, *best_of(records, OURS), *best_of(records, ["plain", "gce"]), *best_of(records, ["ema", "gce"])]
 
+
+SAMPLES = 4  # of the generated responses shown
+PRETRAINED = [  # of a language model that is worth generating with
+    Column("test_loss_last", "clean test loss, last"),
+    Column("test_loss_best", "clean test loss, best"),
+    Column("test_token_accuracy_best", "token accuracy, best"),
+    Column("rouge_l_best", "ROUGE-L of 8, best"),
+    Column("response_memory_last", "memory of wrong responses, last"),
+    Column("suspects_auroc", "suspects' AUROC"),
+    RESETS,
+]
 
 # The tables of the comparison, by their name in a README.
 STUDY = {
@@ -96,6 +107,9 @@ def table(name: str) -> str:
         return study.table(json.loads((RESULTS / "studies" / f"{name}.json").read_text(encoding="utf-8"))["records"])
     if name == "racing":
         return _racing(json.loads((RESULTS / "studies" / "racing.json").read_text(encoding="utf-8"))["records"])
+    if name.endswith("_samples"):
+        records = read_results(RESULTS / f"{name.removesuffix('_samples')}.json")["records"]
+        return instructions.samples_table([{**one, "samples": one["samples"][:SAMPLES]} for one in records])
     path = RESULTS / f"{name}.json"
     path = path if path.is_file() else RESULTS / "benchmarks" / path.name
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -108,7 +122,8 @@ def table(name: str) -> str:
     if result.get("benchmark") == "exactness":
         return _exactness(result)
     columns = {"text_classification": classification.README_COLUMNS, "instruction_tuning": instructions.README_COLUMNS}
-    return summary_table(read_results(path)["records"], columns[result["recipe"]])
+    chosen = PRETRAINED if name.startswith("instruction_smollm2") else columns[result["recipe"]]
+    return summary_table(read_results(path)["records"], chosen)
 
 
 def _overhead(result: dict) -> str:
