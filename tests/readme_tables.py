@@ -39,8 +39,13 @@ ABLATIONS = ["refine + ema", "reset + refine", "reset", "reset + refine + ema, b
 
 
 def settings(records: list[dict], *, noisy: bool = True) -> list[str]:
-    """The settings of which at least 40 % of the labels were made wrong; or the others."""
-    return [setting for setting in settings_of(records) if is_noisy(setting) == noisy]
+    """The settings of which at least 40 % of the labels were made wrong; or the others, without those of a fifth."""
+    return [one for one in settings_of(records) if is_noisy(one) == noisy and not one.endswith("20")]
+
+
+def of_a_fifth(records: list[dict]) -> list[str]:
+    """The settings of which 20 % of the labels were made wrong."""
+    return [setting for setting in settings_of(records) if setting.endswith("20")]
 
 
 def of_arms(records: list[dict], *arms: str) -> list[dict]:
@@ -71,6 +76,7 @@ PRETRAINED = [  # of a language model that is worth generating with
 STUDY = {
     "comparison": lambda records: comparison_table(with_choices(records), settings(records)),
     "comparison_other": lambda records: comparison_table(records, settings(records, noisy=False)),
+    "comparison_fifth": lambda records: comparison_table(records, of_a_fifth(records)),
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
