@@ -265,8 +265,12 @@ def test_responses_are_saved_exactly_and_refused_in_words():
     assert same_state(memory, other)
     with pytest.raises(DataError, match=r"One loss a row.*got \(2,\) for 1 rows"):
         memory.update(torch.tensor([1]), torch.tensor([0.5, 1.0]))
-    with pytest.raises(DataError, match="must be above 0, got -1"):
+    with pytest.raises(DataError, match="are at least 0, got -1"):
         memory.set_reference(torch.tensor([1]), torch.tensor([1.0]), torch.tensor([-1.0]))
+    memory.set_reference(
+        torch.tensor([0, 1]), torch.tensor([0.0, 1e-6]), torch.zeros(2)
+    )  # certain, whatever the prompt
+    assert memory.ratios[:2].tolist() == [1, 1]
     with pytest.raises(DataError, match=r"One loss a row.*got \(2,\) for 1 rows"):
         memory.set_reference(torch.tensor([1]), torch.tensor([1.0, 1.0]), torch.tensor([1.0]))
 

@@ -1,4 +1,4 @@
-"""What a run keeps of each prompt and response: how surprising the response is, with its prompt and without."""
+"""What a run keeps of each response: how surprising it is behind its own prompt, and behind another."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hf_reset.errors import DataError
 from hf_reset.rows.visits import Turn, VisitMemory, check_bound
 
 _BYTES_A_ROW = 48
+_LEAST_LOSS = 1e-4  # nats a token; below, a response is as good as certain behind whatever prompt
 _BLIND = 0.4  # of the responses, 1/2 where prompts say nothing at all
 
 
@@ -71,16 +72,15 @@ class ResponseMemory(VisitMemory):
         Args:
             rows: (M,), row numbers; with several processes those of all.
             own: (M,), behind their own prompts; NaN where a row has no response token.
-            others: (M,), behind prompts of other rows; above 0, and NaN in the same rows.
+            others: (M,), behind prompts of other rows; NaN in the same rows.
 
         Raises:
-            DataError: shapes that do not fit, or losses behind other prompts that are not above 0.
+            DataError: shapes that do not fit, or losses below 0.
         """
         own, others = (_one_a_row(rows, losses).float().cpu() for losses in (own, others))
-        if (others <= 0).any():
-            raise DataError(
-                f"Losses behind other prompts must be above 0, got {float(others.nan_to_num(1).min()):.4g}."
-            )
+        least = float(torch.minimum(own, others).nan_to_num(0).min()) if len(own) else 0.0
+        if least < 0:
+            raise DataError(f"Losses of responses are at least 0, got {least:.4g}.")
         self.before[rows.cpu()], self.reference[rows.cpu()] = own, others
 
     @property
@@ -91,7 +91,7 @@ class ResponseMemory(VisitMemory):
     @property
     def ratios(self) -> Tensor:
         """Loss behind the own prompt over loss behind another's, (N,), above 0; NaN where either is missing."""
-        return self.before / self.reference
+        return self.before.clamp(min=_LEAST_LOSS) / self.reference.clamp(min=_LEAST_LOSS)
 
     @property
     def estimated_noise(self) -> float:
