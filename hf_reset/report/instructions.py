@@ -77,7 +77,9 @@ def write_report(results: Results) -> Path:
 
 def title_of(asked: Record) -> str:
     """Data and noise, in a line."""
-    data = asked["dataset_name"] or asked["train_file"] or "standard-library docstrings"
+    file = asked["train_file"]
+    # The last two parts of a path: the file is mostly called "train", and its folder by the data's name.
+    data = asked["dataset_name"] or (file and "/".join(Path(file).parts[-2:])) or "standard-library docstrings"
     rate = asked["noise_rate"]
     noise = f"{rate:.0%} of responses wrong ({asked['noise_kind']})" if rate else "as given"
     return f"Instruction tuning, {data}, {noise}"
@@ -121,7 +123,7 @@ def samples_table(records: Sequence[Record], *, clean: bool = True) -> str:
 
 def _panels(asked: Record) -> list[Panel]:
     noisy = "noisy" if asked["noise_rate"] else "responses as given"
-    memory = "loss on clean - loss on given, nats a token"
+    memory = "loss, clean - given (nats a token)"
     clean = "clean " if asked["noise_rate"] else ""
     title = f"Loss on {clean}held-out responses\n(a diagnostic, chose nothing)"
     return [

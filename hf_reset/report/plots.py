@@ -25,6 +25,9 @@ _WITHOUT_RESETS = (("#D55E00", (0, (5, 2))), ("#E69F00", (0, (1, 1))), ("#CC79A7
 _WITH_RESETS = (("#0072B2", "solid"), ("#009E73", (0, (3, 1, 1, 1))), ("#56B4E9", (0, (8, 1))))
 
 
+_ENTRIES_A_PANEL = 2  # of a legend, in a row
+
+
 @dataclass(frozen=True)
 class Panel:
     """One panel of the figure.
@@ -84,7 +87,8 @@ def plot_runs(
         _draw_panel(axis, panel, records, styles)
         axis.set_xlabel(xlabel)
     handles, labels = _legend_entries(axes)
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    rows = -(-len(labels) // (_ENTRIES_A_PANEL * len(drawn)))  # a longer legend would be cut off at both ends
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows), frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
     return save_figure(figure, path)
