@@ -106,7 +106,7 @@ def table(name: str) -> str:
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"
         return paper.table(study, json.loads(path.read_text(encoding="utf-8"))["records"])
-    if name in ("never_locked_in", "judges"):
+    if name in ("never_locked_in", "judges", "prompts"):
         spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "studies" / f"{name}.py")
         study = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(study)
