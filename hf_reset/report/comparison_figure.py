@@ -13,14 +13,14 @@ from hf_reset.report.tables import Record
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
     """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval.
 
-    Methods that were seen on fewer than three settings of many are left to the table: their means say little.
+    Methods that were seen on fewer than five settings of many are left to the table: their means say little.
     """
     baseline, settings = baseline_of(records), settings_of(records)
     lines = [
         one
         for one in lines_of(records)
         if (one.arm, one.reading) != ("plain", "last")
-        and len(paired_points(one, baseline, settings)) >= min(3, len(settings))
+        and len(paired_points(one, baseline, settings)) >= min(5, len(settings))
     ]
     figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
     axis = figure.subplots()
