@@ -32,10 +32,9 @@ def best_of(records: Sequence[Record], arms: Sequence[str]) -> list[Record]:
     if len(set(arms)) < 2 or not whole:
         raise DataError(f"there is no best of {', '.join(arms)}: it takes two arms, and a setting and seed they share.")
     name = f"best of {', '.join(arms)}"
-    seconds = [sum(run["train_seconds"] for run in runs) for runs in whole]
     return [
-        {**max(runs, key=_best_accuracy), "arm": name, "train_seconds": took}
-        for runs, took in zip(whole, seconds, strict=True)
+        {**max(runs, key=_best_accuracy), "arm": name, "train_seconds": sum(run["train_seconds"] for run in runs)}
+        for runs in whole
     ]
 
 

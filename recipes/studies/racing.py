@@ -66,9 +66,10 @@ def main() -> None:
 
     def raced(cell: dict[str, Any]) -> dict[str, Any]:
         kept = trajectory(cell, options)
-        return summary([race_through(kept, order) for order in range(options.orders)], len(kept["labels"]))
+        return summary([race_through(kept, order) for order in range(cell["orders"])], len(kept["labels"]))
 
-    asked = [{"setting": name, "seed": options.seed, **cell} for name, cell in CELLS.items()]
+    more = {"seed": options.seed, "orders": options.orders}
+    asked = [{"setting": name, **more, **cell} for name, cell in CELLS.items()]
     for record in complete(RESULTS, asked, raced, block=BLOCK):
         print(json.dumps(record))
 

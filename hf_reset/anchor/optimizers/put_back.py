@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,37 +36,13 @@ class Held:
         values: the copies, by place.
 
     Attributes:
-        states: each parameter's state, by the identity of its form.
+        states: of each parameter's state that is a dictionary of tensors, by the identity of its form: the keys and
+            the copies in their order. Others have no keys.
     """
 
     def __init__(self, values: Mapping[Place, Tensor]) -> None:
         self.values = values
-        self.states: dict[int, _State] = {}
-
-
-class _State:
-    """A parameter's state, where it is a dictionary of tensors: nearly all are, and there are thousands.
-
-    Args:
-        keys: its keys in their order; none where it is something else.
-        copies: the held value of each.
-    """
-
-    def __init__(self, keys: list[object], copies: list[Tensor]) -> None:
-        self.keys = keys
-        self.copies = copies
-        self._seen: list[tuple[weakref.ref[Tensor], int]] = []  # live tensors that could be written into, and where
-
-    def are_seen(self, values: Collection[Tensor]) -> bool:
-        """Whether these are the very tensors that `see` was told of, with the same memory behind them."""
-        return len(self._seen) == len(values) and all(
-            seen() is value and value.data_ptr() == address
-            for (seen, address), value in zip(self._seen, values, strict=True)
-        )
-
-    def see(self, values: Iterable[Tensor]) -> None:
-        """Know these tensors again; they are not kept alive."""
-        self._seen = [(weakref.ref(value), value.data_ptr()) for value in values]
+        self.states: dict[int, tuple[list[object], list[Tensor]]] = {}
 
 
 def put_back(optimizer: Optimizer, reach: Reach, look: Look, held: Held) -> list[tuple[Tensor, Tensor]]:
@@ -201,26 +176,25 @@ class _WayBack:
     def _state(self, live: object, form: Form, token: str, at: Place) -> bool:
         """Whether a parameter's state could be taken at once: a dictionary of tensors, with the keys it had.
 
-        The walk through a small model's would take longer than the copy.
+        Nearly all are, and the walk through a small model's takes longer than the copy.
         """
         known = self._states.get(id(form))
         if known is None:
-            known = self._states[id(form)] = self._state_of(form, self._reach.step(token, at))
-        if not known.keys or type(live) is not dict or list(live) != known.keys:
+            known = self._states[id(form)] = self._tensors_of(form, self._reach.step(token, at))
+        keys, held = known
+        if not keys or type(live) is not dict or list(live) != keys:
             return False
-        pairs = list(zip(live.values(), known.copies, strict=True))
-        if not known.are_seen(live.values()):
-            if not all(type(value) is Tensor and self._is_own_place(value, copied) for value, copied in pairs):
-                return False
-            known.see(live.values())
+        pairs = list(zip(live.values(), held, strict=True))
+        if not all(type(value) is Tensor and self._is_own_place(value, copied) for value, copied in pairs):
+            return False
         self.pairs += pairs
         return True
 
-    def _state_of(self, form: Form, at: Place) -> _State:
+    def _tensors_of(self, form: Form, at: Place) -> tuple[list[object], list[Tensor]]:
         if form[0] != "dict" or any(one[0] != "tensor" for one in form[1].values()):
-            return _State([], [])
+            return [], []
         keys = [self._reach.key(token, at) for token in form[1]]
-        return _State(keys, [self._held[self._reach.step(token, at)] for token in form[1]])
+        return keys, [self._held[self._reach.step(token, at)] for token in form[1]]
 
     def _object(self, live: object, nodes: dict[str, Form], at: Place) -> object:
         original = self._objects.get(at, live)
