@@ -104,6 +104,21 @@ def test_gce_at_q_1_is_half_the_mean_absolute_error():
     torch.testing.assert_close(generalized_cross_entropy(logits, labels, q=1.0), absolute / 2)
 
 
+@pytest.mark.parametrize("classes", [10, 77, 1000])
+def test_gce_by_default_weighs_a_label_at_chance_alike_whatever_the_number_of_classes(classes):
+    """As with ten classes and the paper's q = 0.7: 10^-0.7 of the gradient of cross-entropy."""
+    logits, labels = torch.zeros(1, classes, dtype=torch.float64), torch.tensor([3])
+    ratio = gradient(lambda x: generalized_cross_entropy(x, labels), logits) / gradient(
+        lambda x: F.cross_entropy(x, labels), logits
+    )
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 10**-0.7))
+
+
+def test_gce_by_default_is_the_papers_up_to_ten_classes():
+    logits, labels = batch()
+    assert torch.equal(generalized_cross_entropy(logits, labels), generalized_cross_entropy(logits, labels, q=0.7))
+
+
 def test_sce_limits_are_cross_entropy_and_mean_absolute_error():
     logits, labels = batch()
     only_ce = symmetric_cross_entropy(logits, labels, alpha=1.0, beta=0.0)

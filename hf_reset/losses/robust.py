@@ -113,7 +113,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return -label_log_probability(logits, labels)
 
 
-def generalized_cross_entropy_rows(logits: Tensor, labels: Tensor, *, q: float = 0.7) -> Tensor:
+def generalized_cross_entropy_rows(logits: Tensor, labels: Tensor, *, q: float | None = None) -> Tensor:
     """Generalised cross-entropy, (1 − p_y^q) / q.
 
     Between cross-entropy (the limit q → 0) and half the mean absolute error (q = 1, 1 − p_y). The gradient is
@@ -122,7 +122,10 @@ def generalized_cross_entropy_rows(logits: Tensor, labels: Tensor, *, q: float =
     Args:
         logits: (N, C).
         labels: (N,), integers in [0, C).
-        q: in [0, 1]; 0 is cross-entropy itself. The paper uses 0.7.
+        q: in [0, 1]; 0 is cross-entropy itself. None: the paper's 0.7 for up to ten classes, and 0.7 ln 10 / ln C for
+            more. With ten (its CIFAR-10) a label begins with the weight 10^-0.7 = 0.2, and with this q it does so
+            whatever C is; with 0.7 and 77 classes that is 0.05, and the model learns too slowly to tell right from
+            wrong labels. For a language model C is the vocabulary: give a `q` of your own.
 
     Returns:
         (N,), in [0, 1 / q].
@@ -140,6 +143,8 @@ def generalized_cross_entropy_rows(logits: Tensor, labels: Tensor, *, q: float =
         >>> [round(float(row), 6) for row in rows]
         [0.5]
     """
+    if q is None:
+        q = 0.7 * min(1.0, math.log(10) / math.log(max(2, logits.shape[-1])))
     if not 0.0 <= q <= 1.0:
         raise ConfigError(f"`q` must be in [0, 1], got {q}. 0 is cross-entropy, 1 is 1 - p_y.")
     log_p = label_log_probability(logits, labels)
