@@ -14,12 +14,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from schedulefree import AdamWScheduleFree
 from tiny import bert, equal, weights
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import Adafactor
 
 from hf_reset import AnchorStore, select_parameters
+from hf_reset.anchor.optimizers.look import _Walk
+from hf_reset.anchor.optimizers.put_back import _WayBack
 from hf_reset.anchor.shards import unwrapped_optimizer
 from hf_reset.errors import AnchorError, AnchorFileError, UnsupportedError
 
@@ -508,46 +510,124 @@ def test_adalora_is_refused_and_its_head_is_not():
         AnchorStore(model, scope="head", keep_rest=True)
 
 
-@pytest.mark.parametrize(
-    "change", ["none", "replaced", "half precision", "other memory", "more", "fewer", "a view of a weight"]
-)
-def test_a_second_reset_puts_back_whatever_became_of_the_optimizers_state(change: str) -> None:
-    """The first one remembers which states are dictionaries of tensors; that must not be taken for what is there."""
+CHANGES = ["none", "replaced", "half precision", "other memory", "more", "fewer", "expanded", "no state", "renamed"]
+CHANGES += ["another's", "shared"]
+
+
+@pytest.mark.parametrize("scope", ["all", r"^[12]\."])
+@pytest.mark.parametrize("change", [*CHANGES, "a view of a weight"])
+def test_a_second_reset_puts_back_whatever_became_of_the_optimizers_state(change: str, scope: str) -> None:
+    """What a look remembers of a state's arrangement must not be taken for what is there."""
+    model, optimizer, step = _with_adam()
+    anchor = AnchorStore(model, optimizer, scope=scope)
+    for _ in range(2):  # what was learnt of one anchor must not outlive it
+        step()
+        anchor.snapshot()
+        wanted = _states(model, optimizer, anchor)
+        step()
+        anchor.restore()
+        step()
+        _change(change, model, optimizer)
+        weights = [one.detach().clone() for one in anchor.tensors().values()]
+        anchor.restore()
+        _assert_states(_states(model, optimizer, anchor), wanted)
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[name], w) for name, w in zip(anchor.names, weights, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["all", r"^[12]\."])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_snapshot_takes_whatever_became_of_the_optimizers_state(change: str, scope: str) -> None:
+    """Also where it stands no longer as the last one saw it."""
+    model, optimizer, step = _with_adam()
+    anchor = AnchorStore(model, optimizer, scope=scope)
+    for _ in range(2):
+        step()
+        anchor.snapshot()
+        anchor.restore()
+    _change(change, model, optimizer)
+    anchor.snapshot()
+    wanted = _states(model, optimizer, anchor)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = torch.full_like(value, 7)
+    anchor.restore()
+    _assert_states(_states(model, optimizer, anchor), wanted)
+
+
+def test_a_state_that_stands_as_it_did_is_not_walked_again(monkeypatch) -> None:
+    """Else small models pay more for a walk than for the copy."""
+    model, optimizer, step = _with_adam()
+    anchor = AnchorStore(model, optimizer)
+    step()
+    anchor.snapshot()
+    walked = []
+    see, put = _Walk.see, _WayBack.put
+    monkeypatch.setattr(_Walk, "see", lambda self, value, at: walked.append(at) or see(self, value, at))
+    monkeypatch.setattr(_WayBack, "put", lambda self, live, form, at: walked.append(at) or put(self, live, form, at))
+    for _ in range(2):
+        step()
+        anchor.restore()
+        step()
+        anchor.snapshot()
+    assert not [at for at in walked if at.name]
+    _change("replaced", model, optimizer)
+    anchor.restore()
+    assert [at for at in walked if at.name]
+
+
+def _with_adam():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 
     def step() -> None:
         for p in model.parameters():
-            p.grad = torch.randn_like(p)
+            p.grad = None if p is model[2].weight else torch.randn_like(p)  # which has no state, until "another's"
         optimizer.step()
 
     step()
-    anchor = AnchorStore(model, optimizer)
-    for _ in range(2):  # what was learnt of one anchor must not outlive it
-        step()
-        anchor.snapshot()
-        wanted = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
-        step()
-        anchor.restore()
-        step()
-        p, state = next(iter(optimizer.state.items()))
-        if change == "replaced":
-            state["exp_avg"] = torch.ones_like(p)
-        elif change == "half precision":
-            state["exp_avg"] = state["exp_avg"].half()
-        elif change == "other memory":  # the same tensor for Python, as an engine that offloads it leaves it
-            state["exp_avg"].data = state["exp_avg"].half()
-        elif change == "more":
-            state["extra"] = torch.ones(1)
-        elif change == "fewer":
-            del state["exp_avg_sq"]
-        elif change == "a view of a weight":
-            state["exp_avg"] = p.detach()
-        weights = [one.detach().clone() for one in anchor.tensors().values()]
-        anchor.restore()
-        for one, expected in zip(optimizer.state.values(), wanted, strict=True):
-            assert one.keys() == expected.keys()
-            assert all(one[key].dtype == value.dtype for key, value in expected.items())
-            assert all(torch.equal(one[key], value) for key, value in expected.items())
-        assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True))
+    return model, optimizer, step
+
+
+def _change(change: str, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    p: nn.Parameter = model[1].weight
+    state = optimizer.state[p]
+    if change == "replaced":
+        state["exp_avg"] = torch.ones_like(p)
+    elif change == "half precision":
+        state["exp_avg"] = state["exp_avg"].half()
+    elif change == "other memory":  # the same tensor for Python, as an engine that offloads it leaves it
+        state["exp_avg"].data = state["exp_avg"].half()
+    elif change == "expanded":  # from the same address, but all rows are one
+        state["exp_avg"].data = state["exp_avg"][:1].expand_as(p)
+    elif change == "more":
+        state["extra"] = torch.ones(1)
+    elif change == "fewer":
+        del state["exp_avg_sq"]
+    elif change == "no state":
+        del optimizer.state[p]
+    elif change == "renamed":
+        optimizer.state[p] = {("mean" if key == "exp_avg" else key): value for key, value in state.items()}
+    elif change == "shared":
+        optimizer.state["shared"] = {"count": torch.ones(1)}
+    elif change == "another's":
+        optimizer.state[model[2].weight] = {"exp_avg": torch.ones(2, 2)}
+    elif change == "a view of a weight":
+        state["exp_avg"] = p.detach()
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer, anchor: AnchorStore) -> dict[str, dict[str, Tensor]]:
+    """Copies of what is remembered of the parameters in scope, and with a full one of what is nobody's."""
+    keys = {name: p for name, p in model.named_parameters() if name in anchor.names and p in optimizer.state}
+    if anchor.is_full and "shared" in optimizer.state:
+        keys["shared"] = "shared"
+    return {name: {key: value.clone() for key, value in optimizer.state[p].items()} for name, p in keys.items()}
+
+
+def _assert_states(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, state in wanted.items():
+        assert found[name].keys() == state.keys()
+        assert all(found[name][key].dtype == value.dtype for key, value in state.items())
+        assert all(torch.equal(found[name][key], value) for key, value in state.items())

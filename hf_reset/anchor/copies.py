@@ -108,6 +108,7 @@ class LiveViews:
         refuse_rank_allocation(self._model, reachable)
         self.shards = shards_of(model, reachable, optimizer, full=self.is_full)
         self.memory = OptimizerMemory(optimizer, self.shards, self._model, self.parameters, full=self.is_full)
+        self._whole = {Key("parameter", None, name): p for name, p in self.parameters.items()}
         self._buffers = batch_norm_buffers(self._model) if self.is_full or self._rest else []
 
     @property
@@ -117,11 +118,15 @@ class LiveViews:
 
     def weights(self) -> dict[Key, Tensor]:
         """Every tensor that holds weights of the scope, or with a full one BatchNorm's statistics."""
-        live = {
-            Key(part, None, name): tensor
-            for name in self.parameters
-            for part, tensor in self.shards.weights(name).items()
-        }
+        live: dict[Key, Tensor]
+        if self.layout == "whole":  # the usual case, at each reset, without a key made anew
+            live = {key: p.detach() for key, p in self._whole.items()}
+        else:
+            live = {
+                Key(part, None, name): tensor
+                for name in self.parameters
+                for part, tensor in self.shards.weights(name).items()
+            }
         if self.is_full:
             live.update({Key("buffer", None, name): self._model.get_buffer(name) for name in self._buffers})
         return live
@@ -157,8 +162,9 @@ class LiveViews:
             kept: copies that will be written too.
             rest: whether the rest will be written, or only the scope.
         """
-        others = set() if rest else set(self._rest)
-        self.shards.give_up_gathered(others | {key.name for key in kept if key.kind == "gathered"})
+        if self.layout != "whole":
+            others = set() if rest else set(self._rest)
+            self.shards.give_up_gathered(others | {key.name for key in kept if key.kind == "gathered"})
 
     def _outside(self) -> dict[str, nn.Parameter]:
         trained = {name: p for name, p in named_parameters(self._model).items() if p.requires_grad}
@@ -190,12 +196,17 @@ class Copy:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
 
     @torch.no_grad()
-    def take(self, live: Live) -> None:
-        """Copy the live values, into the memory of the last copy where they still fit."""
-        self.held = {key: self.room(value, self.held.get(key)) for key, value in live.items()}
+    def take(self, live: Live) -> bool:
+        """Copy the live values, into the memory of the last copy where they still fit.
+
+        Returns:
+            Whether all of that memory, and none besides, was used again.
+        """
+        before, self.held = self.held, {key: self.room(value, self.held.get(key)) for key, value in live.items()}
         pairs = [(self.held[key], value) for key, value in live.items() if isinstance(value, Tensor)]
         copy_all(pairs, non_blocking=True)
         self._wait_for([value for _, value in pairs])
+        return len(before) == len(self.held) and all(self.held.get(key) is held for key, held in before.items())
 
     @torch.no_grad()
     def put_back(self, live: Live) -> None:
@@ -239,7 +250,8 @@ class Copy:
 
     def pairs(self, live: Live) -> list[tuple[Tensor, Tensor]]:
         """Each live tensor that is held, and its held value."""
-        return [(value, held) for key, held in self.held.items() if isinstance(value := live.get(key), Tensor)]
+        held = self.held
+        return [(value, held[key]) for key, value in live.items() if key in held and isinstance(value, Tensor)]
 
     def _wait_for(self, sources: Iterable[Tensor]) -> None:
         """A copy from CUDA to pinned memory has landed only once the device has caught up."""

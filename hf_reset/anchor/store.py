@@ -134,13 +134,14 @@ class AnchorStore:
     def snapshot(self) -> None:
         """Take the live parameters as the anchor, into the memory of the last one."""
         self._refuse_swapped("snapshot")
-        live = {**self._views.weights(), **self._views.rest()}
+        live, arranged = {**self._views.weights(), **self._views.rest()}, self._look.arrangements
         if self.optimizer_state == "restore":
             look = self._views.memory.look()
             live.update(_keyed("optimizer", look))
             self._look = look._replace(tensors={})  # live ones, which the optimizer may let go of
-        self._held = None
-        self._copy.take(live)
+        held, self._held = self._held, None  # what fails half-way is nothing to go by
+        if self._copy.take(live) and self._look.arrangements == arranged:
+            self._held = held
 
     @torch.no_grad()
     def restore(self) -> None:

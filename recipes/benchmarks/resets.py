@@ -7,7 +7,7 @@
     python recipes/benchmarks/resets.py                                          # four sizes on CPU, some minutes
     python recipes/benchmarks/resets.py --sizes 128x2 768x12 1024x24 --dtypes bfloat16 # on a GPU with room
 
-For each model size (width x layers of a BERT), type and scope, in an order that changes from round to round:
+For each model size (width x layers of a BERT), type and scope, in another random order each round:
 
 - `reset`, `snapshot`: `AnchorStore` with the optimizer's state;
 - `copy`: one bare fused copy of what the anchor holds to where a reset puts it, as fast as torch can move these bytes;
@@ -16,7 +16,8 @@ For each model size (width x layers of a BERT), type and scope, in an order that
 - `bema`: an update of TRL's BEMACallback, an average of the weights;
 - `average`: an update of this package's own (`ema_decay`).
 
-The last four know no scope and are measured with "all". Seconds are medians over rounds with the fastest and the
+The last four know no scope and are measured with "all", on a model and an optimizer of their own: a state that was
+loaded lies elsewhere, which no run with resets meets. Seconds are medians over rounds with the fastest and the
 slowest; ratios are taken within a round. Also: what the anchor holds, what memory grows by from the second snapshot
 on, resets early and late in a long row, a copy of 256 MiB for the machine's bandwidth, and the time of the import.
 
@@ -28,12 +29,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -89,17 +92,17 @@ def measure(size: str, dtype: str, scope: str, rounds: int, device: torch.device
 
     from hf_reset import AnchorStore
 
-    model, optimizer = model_of(size, getattr(torch, dtype), device, adapters=scope == "adapters")
+    made = partial(model_of, size, getattr(torch, dtype), device, adapters=scope == "adapters")
+    model, optimizer = made()
     anchor = AnchorStore(model, optimizer, scope=scope)
     anchor.snapshot()
     with tempfile.TemporaryDirectory() as folder:
-        ways = ways_of(anchor) | (rivals_of(model, optimizer, folder) if scope == "all" else {})
+        ways = ways_of(anchor) | (rivals_of(*made(), folder) if scope == "all" else {})
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():
             way()  # what is made at the first call is made once
         for turn in range(rounds):
-            names = list(ways)
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in random.Random(turn).sample(list(ways), len(ways)):
                 seconds[name].append(timed(ways[name], device))
     return {
         "size": size,

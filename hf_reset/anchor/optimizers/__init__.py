@@ -6,6 +6,6 @@ own in a group (grokadamw), tensors made of tensors (torchao), slow weights in a
 each parameter (the layerwise ones). So the whole object is walked, down to tensors and plain values.
 
 In reading order: `objects` (which attributes are memory), `reach` (what belongs to a scope, and the one rule for what
-parameters share), `look` (the walk), `put_back` (the way back), `rehearsal` (an optimizer whose memory cannot all be
-reached is found out before training).
+parameters share), `arrangement` (a state that stands as it stood needs no walk), `look` (the walk), `put_back` (the way
+back), `rehearsal` (an optimizer whose memory cannot all be reached is found out before training).
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, MutableMapping
-from typing import Any, NamedTuple, TypeAlias
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from hf_reset.anchor.optimizers.arrangement import Arrangement
 from hf_reset.anchor.optimizers.objects import (
     PLAIN,
     attributes_of,
@@ -22,11 +24,8 @@ from hf_reset.anchor.optimizers.objects import (
     is_users,
     random_state,
 )
-from hf_reset.anchor.optimizers.reach import Place, Reach, escaped
+from hf_reset.anchor.optimizers.reach import Form, Place, Reach, escaped
 from hf_reset.errors import UnsupportedError
-
-# What stood at a place, plain enough for JSON: a kind, and what the kind needs (see `put_back`).
-Form: TypeAlias = list[Any]
 
 KEEP: Form = ["keep"]  # not ours, or nothing to remember: on the way back it stays as it is
 
@@ -38,38 +37,50 @@ class Look(NamedTuple):
         form: everything that is no tensor, and where tensors stand.
         tensors: the live tensors by place.
         objects: the containers and objects that hold them; empty for a look read from a file.
+        arrangements: how states stood that are dictionaries of plain tensors for each parameter, by place; empty for a
+            look read from a file.
     """
 
     form: Form
     tensors: dict[Place, Tensor]
     objects: dict[Place, Any]
+    arrangements: Mapping[Place, Arrangement] = MappingProxyType({})
 
 
-def look(optimizer: Optimizer, reach: Reach, *, with_state: bool = True) -> Look:
+def look(
+    optimizer: Optimizer,
+    reach: Reach,
+    *,
+    with_state: bool = True,
+    known: Mapping[Place, Arrangement] = MappingProxyType({}),
+) -> Look:
     """What an optimizer remembers now, as far as a scope reaches.
 
     Args:
         optimizer: without the wrappers of accelerate and DeepSpeed, see `unwrapped_optimizer`.
         reach: the scope's.
         with_state: whether its `state` is walked; under ZeRO that lies in flat pieces, and `shards` reads it.
+        known: the arrangements of an earlier look with the same reach; a state that still stands so is not walked.
 
     Raises:
         UnsupportedError: it keeps something that cannot be copied.
     """
-    walk = _Walk(optimizer, reach)
+    walk = _Walk(optimizer, reach, known)
     form = walk.optimizer(optimizer, Place("", ""), with_state=with_state)
-    return Look(form, walk.tensors, walk.objects)
+    return Look(form, walk.tensors, walk.objects, walk.arrangements)
 
 
 class _Walk:
     """One walk. Everything is seen once, at the first place where it is met."""
 
-    def __init__(self, optimizer: Optimizer, reach: Reach) -> None:
+    def __init__(self, optimizer: Optimizer, reach: Reach, known: Mapping[Place, Arrangement]) -> None:
         self._name = type(optimizer).__name__
         self._reach = reach
+        self._known = known
         self._seen: dict[int, object] = {}
         self.tensors: dict[Place, Tensor] = {}
         self.objects: dict[Place, Any] = {}
+        self.arrangements: dict[Place, Arrangement] = {}
 
     def optimizer(self, optimizer: Optimizer, at: Place, *, with_state: bool = True) -> Form:
         """An optimizer: inner ones first, whose constructor arguments say what in a common group is the user's."""
@@ -77,13 +88,28 @@ class _Walk:
         here = at.into("self")
         parts = {name: self.see(value, here.into(escaped(name))) for name, value in list(attributes_of(optimizer))}
         if with_state:
-            parts["state"] = self.see(getattr(optimizer, "state", {}), at.into("state") if at.entry else at)
+            parts["state"] = self._state(getattr(optimizer, "state", {}), at.into("state") if at.entry else at)
         users = constructor_arguments(type(optimizer)) - self._reach.own
         for index, group in enumerate(optimizer.param_groups):
             if id(group) not in self._seen:
                 self._seen[id(group)] = group
                 parts[f"param_groups:{index}"] = self._mapping(group, at.into("param_groups").into(str(index)), users)
         return ["optimizer", parts]
+
+    def _state(self, state: object, at: Place) -> Form:
+        """An optimizer's state, which is walked where it stands otherwise than is known."""
+        stands = self._known.get(at)
+        found = None if stands is None else stands.tensors(state)
+        if stands is None or found is None:
+            form = self.see(state, at)
+            stands = Arrangement.of(form, state, at, self._reach)
+        else:
+            form = stands.form
+            self.objects[at] = state
+            self.tensors.update(zip(stands.places, found, strict=True))
+        if stands is not None:
+            self.arrangements[at] = stands
+        return form
 
     def see(self, value: object, at: Place) -> Form:
         """Whatever stands at a place."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_reset.anchor.optimizers.look import Form, Look, look
+from hf_reset.anchor.optimizers.arrangement import Arrangement
+from hf_reset.anchor.optimizers.look import Look, look
 from hf_reset.anchor.optimizers.put_back import Held, put_back
-from hf_reset.anchor.optimizers.reach import Place, Reach
+from hf_reset.anchor.optimizers.reach import Form, Place, Reach
 from hf_reset.anchor.optimizers.rehearsal import is_known, rehearse
 from hf_reset.anchor.shards import Shards, Zero12Shards, local_part, unwrapped_optimizer
 from hf_reset.errors import AnchorFileError, UnsupportedError
@@ -52,6 +53,7 @@ class OptimizerMemory:
         self._shards = shards
         self._flat = shards if isinstance(shards, Zero12Shards) else None
         self._model = model
+        self._arrangements: Mapping[Place, Arrangement] = {}  # of the last look
         self.needs_gradients = self.optimizer is not None and not is_known(self.optimizer)
         self._reach = Reach(
             parameters,
@@ -80,7 +82,8 @@ class OptimizerMemory:
         """
         if self.optimizer is None:
             return Look(["keep"], {}, {})
-        seen = look(self.optimizer, self._reach, with_state=self._flat is None)
+        seen = look(self.optimizer, self._reach, with_state=self._flat is None, known=self._arrangements)
+        self._arrangements = seen.arrangements
         if self._shards.layout != "whole":
             self._refuse_unshared(seen)
         if self._flat is None:
@@ -102,7 +105,7 @@ class OptimizerMemory:
         if self._flat is None:
             return put_back(self.optimizer, self._reach, look, held)
         _, form, numbers = look.form
-        pairs = put_back(self.optimizer, self._reach, Look(form, look.tensors, look.objects), held)
+        pairs = put_back(self.optimizer, self._reach, look._replace(form=form), held)
         for name in self._reach.parameters:
             entries = {place.entry: tensor for place, tensor in held.values.items() if place.name == name}
             pairs += _put_back_flat(self._flat, name, entries, numbers.get(name, {}))

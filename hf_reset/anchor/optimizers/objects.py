@@ -33,11 +33,17 @@ def attributes_of(optimizer: object) -> Iterator[tuple[str, object]]:
     """An optimizer's own attributes, less torch's and what the user gave its constructor as a number."""
     users = constructor_arguments(type(optimizer))
     for name, value in vars(optimizer).items():
-        if name in ("state", "param_groups") or _HOST.fullmatch(name) or is_rate(name):
+        if _is_hosts(name) or is_rate(name):
             continue
         if name in users and isinstance(value, PLAIN):
             continue
         yield name, value
+
+
+@functools.lru_cache(maxsize=4096)  # as of `is_rate`: a reset asks for the same few names
+def _is_hosts(name: str) -> bool:
+    """Whether an attribute is torch's own."""
+    return name in ("state", "param_groups") or bool(_HOST.fullmatch(name))
 
 
 @functools.cache
@@ -55,6 +61,7 @@ def is_users(key: object, users: frozenset[str] | None) -> bool:
     return users is not None and isinstance(key, str) and (key == "params" or key in users or is_rate(key))
 
 
+@functools.lru_cache(maxsize=4096)
 def is_rate(name: str) -> bool:
     """Whether a schedule owns what is called so: a learning rate, or a bound of what it cycles."""
     return bool(_RATES.fullmatch(name))

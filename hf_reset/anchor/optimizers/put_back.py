@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hf_reset.anchor.optimizers.look import Form, Look
+from hf_reset.anchor.optimizers.look import Look
 from hf_reset.anchor.optimizers.objects import (
     attributes_of,
     constructor_arguments,
@@ -22,7 +22,7 @@ from hf_reset.anchor.optimizers.objects import (
     random_state,
     set_random_state,
 )
-from hf_reset.anchor.optimizers.reach import Place, Reach, escaped
+from hf_reset.anchor.optimizers.reach import Form, Place, Reach, escaped
 from hf_reset.errors import AnchorError
 
 _Kind = TypeVar("_Kind")
@@ -36,13 +36,12 @@ class Held:
         values: the copies, by place.
 
     Attributes:
-        states: of each parameter's state that is a dictionary of tensors, by the identity of its form: the keys and
-            the copies in their order. Others have no keys.
+        states: those of a state that stood as an `Arrangement` says, in its order, by the state's place.
     """
 
     def __init__(self, values: Mapping[Place, Tensor]) -> None:
         self.values = values
-        self.states: dict[int, tuple[list[object], list[Tensor]]] = {}
+        self.states: dict[Place, list[Tensor]] = {}
 
 
 def put_back(optimizer: Optimizer, reach: Reach, look: Look, held: Held) -> list[tuple[Tensor, Tensor]]:
@@ -72,6 +71,7 @@ class _WayBack:
         self._name = name
         self._reach = reach
         self._objects = look.objects
+        self._arrangements = look.arrangements
         self._held = held.values
         self._states = held.states
         self.pairs: list[tuple[Tensor, Tensor]] = []
@@ -166,35 +166,21 @@ class _WayBack:
                     del entries[key]
         for key, (token, form) in zip(keys, nodes.items(), strict=True):
             old = entries.get(key, _MISSING)
-            if token.startswith("@") and self._state(old, form, token, at):
-                continue
             new = self.put(old, form, self._reach.step(token, at))
             if new is not old:
                 entries[key] = new
         return entries
 
-    def _state(self, live: object, form: Form, token: str, at: Place) -> bool:
-        """Whether a parameter's state could be taken at once: a dictionary of tensors, with the keys it had.
-
-        Nearly all are, and the walk through a small model's takes longer than the copy.
-        """
-        known = self._states.get(id(form))
-        if known is None:
-            known = self._states[id(form)] = self._tensors_of(form, self._reach.step(token, at))
-        keys, held = known
-        if not keys or type(live) is not dict or list(live) != keys:
-            return False
-        pairs = list(zip(live.values(), held, strict=True))
-        if not all(type(value) is Tensor and self._is_own_place(value, copied) for value, copied in pairs):
-            return False
-        self.pairs += pairs
-        return True
-
-    def _tensors_of(self, form: Form, at: Place) -> tuple[list[object], list[Tensor]]:
-        if form[0] != "dict" or any(one[0] != "tensor" for one in form[1].values()):
-            return [], []
-        keys = [self._reach.key(token, at) for token in form[1]]
-        return keys, [self._held[self._reach.step(token, at)] for token in form[1]]
+    def _state(self, state: object, form: Form, at: Place) -> None:
+        """An optimizer's state; one that stands as it did when it was looked at is taken at once."""
+        stood = self._arrangements.get(at)
+        found = None if stood is None else stood.tensors(state)
+        if stood is None or found is None:
+            self.put(state, form, at)
+            return
+        if at not in self._states:
+            self._states[at] = [self._held[place] for place in stood.places]
+        self.pairs += zip(found, self._states[at], strict=True)
 
     def _object(self, live: object, nodes: dict[str, Form], at: Place) -> object:
         original = self._objects.get(at, live)
@@ -209,7 +195,7 @@ class _WayBack:
         own = {name: form for name, form in parts.items() if name != "state" and not name.startswith("param_groups:")}
         self._fields(live, dict(attributes_of(live)), own, at.into("self"))
         if "state" in parts:
-            self.put(live.state, parts["state"], at.into("state") if at.entry else at)
+            self._state(live.state, parts["state"], at.into("state") if at.entry else at)
         users = constructor_arguments(type(live)) - self._reach.own
         for index, group in enumerate(live.param_groups):
             if f"param_groups:{index}" in parts:

@@ -11,9 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+
+# What stood at a place, plain enough for JSON: a kind, and what the kind needs (see `put_back`).
+Form: TypeAlias = list[Any]
 
 _ATTRIBUTE = re.compile(r"self:(?!.*param_groups:\d+$).*")  # of an optimizer, and no parameter group
 
