@@ -1,5 +1,6 @@
 """Paired racing: what is decided is what full evaluations decide, fewer rows are met, and nothing partial gets out."""
 
+import json
 import math
 from dataclasses import asdict
 
@@ -200,6 +201,46 @@ def test_a_diverged_candidate_has_lost_and_rows_without_a_label_take_no_part():
     assert race.enter(np.full((40, 3), np.nan), labels[following])
 
 
+def test_what_was_met_is_foreseen_the_next_time_and_survives_a_checkpoint():
+    reference = Reference(np.full(4, 1.0), np.zeros(4, np.int64), {}, FIT)
+    once = reference.met(np.array([0.5, np.nan, np.inf, -0.25]))
+    twice = once.met(np.array([np.nan, np.nan, 2.0, 0.75]))
+    assert once.foreseen.tolist() == [0.5, 0.0, 0.0, -0.25]
+    assert twice.foreseen.tolist() == [0.5, 0.0, 2.0, 0.75]
+    again = Reference.from_json(json.loads(json.dumps(twice.as_json())))
+    assert again.foreseen.tolist() == twice.foreseen.tolist()
+    assert Reference.from_json(json.loads(json.dumps(reference.as_json()))).foreseen is None
+
+
+def test_a_candidate_like_the_last_one_is_told_from_fewer_rows():
+    rng = np.random.default_rng(0)
+    labels, anchor = rng.integers(0, 3, 800), 1.0 + rng.random(800)
+    logits = rng.normal(size=(800, 3)) + np.eye(3)[labels]
+    losses = -np.log(np.exp(logits[np.arange(800), labels]) / np.exp(logits).sum(axis=1))
+    anchor = np.maximum(losses + rng.normal(0, 0.5, 800), 0.0)
+    anchor -= (anchor - losses).mean()  # no better and no worse
+    unknown = Reference(anchor, labels, {}, FIT)
+    known = unknown.met(losses - anchor + rng.normal(0, 0.1, 800))
+    met = {name: [] for name in ("unknown", "known")}
+    for seed in range(20):
+        for name, reference in (("unknown", unknown), ("known", known)):
+            race = Race(reference, is_plain=True, seed=seed, step=0)
+            assert is_lost(race, logits)
+            met[name].append(race.rows)
+    assert np.mean(met["known"]) < 0.6 * np.mean(met["unknown"])
+
+
+def test_a_full_evaluation_foresees_too(tmp_path):
+    shadow = Shadow()
+    trainer, _ = run(tmp_path, max_steps=40, reset_full_evaluation_every=1, callbacks=[shadow])  # all to the end
+    anchor, reference = trainer.reset_callback.reset_state.anchor_step, trainer.reset_callback.run.evidence.reference
+    assert not lost(trainer)
+    assert anchor < 40
+    labels = np.array(VALIDATION["labels"])
+    ours, theirs = (calibrated_loss(shadow.logits[step], labels).rows for step in (40, anchor))
+    np.testing.assert_allclose(reference.foreseen, ours - theirs, atol=1e-4)
+
+
 REFUSED = {
     "a dict": ({"validation": {"one": VALIDATION}}, "`eval_dataset` is a dict"),
     "regression": ({"model": "regression"}, "no loss of a single row"),
@@ -238,9 +279,9 @@ def test_values_that_mean_nothing_are_refused(tmp_path):
 
 
 def test_few_rows_that_a_fit_makes_nothing_of_prove_nothing():
-    """All 32 rows met look like chance, so that ε is fitted as 1: of the others that says nothing."""
+    """All 32 rows met look like chance, as the anchor does, and ε is fitted as 1: that says nothing of others."""
     labels = np.arange(300) % 3
-    anchor = np.where(np.arange(300) % 5 < 2, 2.0, 0.3)
+    anchor = np.where(np.arange(300) % 5 < 2, 2.0, 0.5)  # 1.1 on average, as chance
     race = Race(Reference(anchor, labels, {}, FIT), is_plain=False, seed=0, step=4)
     met = race.order[:32]
     right = np.eye(3)[labels[met]] * np.where(anchor[met] < 1, 1.0, -1.0)[:, None]

@@ -32,6 +32,59 @@ def test_a_true_claim_is_ruled_out_as_seldom_as_promised(name):
         assert (highest >= 1 / level).mean() <= level + 4 * math.sqrt(level * (1 - level) / COURSES), level
 
 
+FORESEEN = {
+    "nearly": lambda d, rng: d + rng.normal(0, 0.1 * d.std(), len(d)),
+    "the other way round": lambda d, rng: -d + rng.normal(0, 0.3 * d.std(), len(d)),
+    "exactly": lambda d, rng: d,
+    "nothing": lambda d, rng: rng.standard_cauchy(len(d)),
+    "where it is high": lambda d, rng: (d > np.quantile(d, 0.95)).astype(float),
+}
+
+
+@pytest.mark.parametrize("how", FORESEEN)
+@pytest.mark.parametrize("name", POPULATIONS)
+def test_what_is_foreseen_does_not_make_a_true_claim_ruled_out_oftener(name, how):
+    population, floor = POPULATIONS[name]
+    rng, foreseen = np.random.default_rng(2), FORESEEN[how](population, np.random.default_rng(3))
+    highest = []
+    for _ in range(COURSES):
+        order = rng.permutation(len(population))
+        low = np.full(len(population), floor)
+        highest.append(capital(population[order], low, population.mean(), foreseen[order])[:-1].max())
+    for level in (0.05, 0.3):
+        share = (np.array(highest) >= 1 / level).mean()
+        assert share <= level + 4 * math.sqrt(level * (1 - level) / COURSES), (level, share)
+
+
+def test_what_is_foreseen_need_not_be_met():
+    """Where nine tenths of the spread are known, half as many rows refute a claim two standard errors too low."""
+    rng, found = np.random.default_rng(4), []
+    population = rng.normal(0.02, 0.3, 2000)
+    foreseen = population + rng.normal(0, 0.3 * population.std(), len(population))
+    claim = population.mean() - 2 * population.std() / math.sqrt(len(population))
+    for order in (rng.permutation(len(population)) for _ in range(100)):
+        low = np.full(len(population), -1.5)
+        ends = [capital(population[order], low, claim, x) >= 10 for x in (None, foreseen[order])]
+        found.append([int(end.argmax()) for end in ends])
+    without, with_it = np.median(found, axis=0)
+    assert 0 < with_it < 0.6 * without
+
+
+def test_the_game_with_what_is_foreseen_is_fair():
+    """After the first fit of a slope, the mean over all orders of the four rows left is what it was, exactly."""
+    from itertools import permutations
+
+    rng = np.random.default_rng(5)
+    first, rows = rng.normal(size=8), np.array([-0.5, 0.1, 0.3, 0.9])
+    seen, x = np.concatenate([first, rows]), np.concatenate([first + rng.normal(size=8), [0.2, -1.0, 0.4, 2.0]])
+    orders = [np.r_[0:8, np.array(order) + 8] for order in permutations(range(4))]
+    ends = np.array([capital(seen[order][:11], np.full(12, -4.0), seen.mean(), x[order]) for order in orders])
+    assert ends[:, -1].mean() == pytest.approx(ends[0, 7], abs=1e-12)
+    assert ends[:, -1].std() > 0.01
+    plain = capital(seen[:11], np.full(12, -4.0), seen.mean())
+    assert not np.allclose(ends[0], plain)
+
+
 def test_it_is_not_merely_cautious():
     """A mean five standard errors above the claim takes less than half of the rows, in nine courses of ten."""
     population, floor = POPULATIONS["normal"]

@@ -65,24 +65,40 @@ class Reference:
         labels: shape (N,).
         metrics: the numbers that its evaluation gave, by name.
         fit: what the calibrated loss found there.
+        foreseen: each row's loss less the anchor's when it was last met, shape (N,), 0 before; None where none was.
+            Candidates of one run are alike, so that it says much of the next.
     """
 
     rows: _Rows
     labels: NDArray[np.int64]
     metrics: dict[str, float]
     fit: CalibratedLoss
+    foreseen: _Rows | None = None
+
+    def met(self, differences: _Rows) -> Reference:
+        """With what was found of the rows met: their losses less the anchor's, (N,); not finite in others."""
+        before = 0.0 if self.foreseen is None else self.foreseen
+        return replace(self, foreseen=np.where(np.isfinite(differences), differences, before))
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         fit = {**vars(self.fit), "rows": self.fit.rows.tolist()}
-        return {"rows": self.rows.tolist(), "labels": self.labels.tolist(), "metrics": self.metrics, "fit": fit}
+        return {
+            "rows": self.rows.tolist(),
+            "labels": self.labels.tolist(),
+            "metrics": self.metrics,
+            "fit": fit,
+            "foreseen": None if self.foreseen is None else self.foreseen.tolist(),
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Reference:
         """What `as_json` gave."""
         fit = CalibratedLoss(**{**values["fit"], "rows": np.array(values["fit"]["rows"])})
         labels = np.array(values["labels"], np.int64)
-        return cls(np.array(values["rows"]), labels, values["metrics"], fit)
+        known = values.get("foreseen")  # an older checkpoint has none
+        foreseen = None if known is None else np.array(known)
+        return cls(np.array(values["rows"]), labels, values["metrics"], fit, foreseen)
 
 
 @dataclass(frozen=True)

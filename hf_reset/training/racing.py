@@ -6,6 +6,8 @@ at the anchor. It is lost once an improvement of the mean by `CLEAR` standard er
 `LEVEL`, by the betting confidence sequence of `hf_reset.metrics.sequential`; the standard error is that of the paired
 difference over all rows, as the rows so far let it be estimated. A race that is not lost goes to the end and is then an
 evaluation like any other: a new anchor needs all its rows, so to find out early that it is won would save nothing.
+Candidates of one run are alike: what a row's difference was when it was last met foretells half and more of what it is,
+and only the rest has to be found out (`Reference.foreseen`).
 
 Under "eval_calibrated_loss" a row's loss is the calibrated one, and what that fits is fitted for the candidate on the
 rows met, as it was for the anchor on all rows: what their two evaluations would say, but a little kinder to the
@@ -43,7 +45,7 @@ from hf_reset.training.raceable import PLAIN, ExcursionEvaluations, refuse_unrac
 from hf_reset.training.response_rows import ResponseRowsMixin
 
 CLEAR = TURNED  # standard errors of the paired difference over all rows that a candidate is to be better by
-LEVEL = 0.1  # the probability, at most, that a candidate better by that much loses its race
+LEVEL = 0.3  # the probability, at most, that a candidate better by that much loses its race: a bound, seldom met
 FULL_EVERY = 20  # evaluations, of which one at least is carried to the end
 FIRST_LOOK = 32  # rows: what is fitted on fewer says little of the others
 LOOKS = 1.2  # the rows of one look at a race, as a multiple of those of the look before: each takes a fit
@@ -97,9 +99,10 @@ class Race:
 
     def figures(self) -> dict[str, float]:
         """What is logged: rows met, mean paired difference and its lower bound at `LEVEL`, and whether it is lost."""
-        met, lowest = self._differences()
+        met, lowest, foreseen = self._differences()
         known = bool(len(met)) and bool(np.isfinite(met).all())
-        difference, bound = (float(met.mean()), lower_bound(met, lowest, LEVEL)) if known else (math.nan, math.nan)
+        difference = float(met.mean()) if known else math.nan
+        bound = lower_bound(met, lowest, LEVEL, foreseen) if known else math.nan
         return {ROWS: self.rows, "eval_race_difference": difference, "eval_race_bound": bound, LOST: int(self.is_lost)}
 
     def differences(self) -> NDArray[np.float64]:
@@ -130,20 +133,22 @@ class Race:
         return compute
 
     def _cannot_win(self) -> bool:
-        met, lowest = self._differences()
+        met, lowest, foreseen = self._differences()
         if not np.isfinite(met).all():
             return True  # a loss that is not finite is never a best
         if len(met) < 2:
             return False
         improvement = max(self._min_delta, CLEAR * float(met.std(ddof=1)) / math.sqrt(len(lowest)))
-        return bool(capital(met, lowest, -improvement)[-1] >= 1 / LEVEL)
+        return bool(capital(met, lowest, -improvement, foreseen)[-1] >= 1 / LEVEL)
 
-    def _differences(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of labelled rows in order: the differences of those met, and the lowest that each row's can be."""
+    def _differences(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+        """Of labelled rows in order: differences of those met, the lowest that each can be, and what is foreseen."""
         anchor = self.reference.rows[self.order]
         is_labelled = ~np.isnan(anchor)
         # A loss is not below 0, under whatever T and ε will be fitted in the end.
-        return (self._losses() - anchor[: self.rows])[is_labelled[: self.rows]], -anchor[is_labelled]
+        met = (self._losses() - anchor[: self.rows])[is_labelled[: self.rows]]
+        foreseen = self.reference.foreseen
+        return met, -anchor[is_labelled], None if foreseen is None else foreseen[self.order][is_labelled]
 
     def _losses(self) -> NDArray[np.float64]:
         """The candidate's losses of the rows met, in order."""
@@ -193,7 +198,9 @@ class RacingMixin(ResponseRowsMixin):
             self.compute_metrics, self._racing = own, None
         if not race.is_lost:
             return output._replace(metrics={**(output.metrics or {}), **race.figures()})
-        self._leave_rows(race.differences())
+        found = race.differences()
+        self._foresee(found)
+        self._leave_rows(found)
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=race.figures(), num_samples=race.rows)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, object], *args: Any, **kwargs: Any) -> Any:
@@ -282,19 +289,27 @@ class RacingMixin(ResponseRowsMixin):
         if evidence.anchor is not None and evidence.baseline is not None and evidence.reference is not None:
             self._rows_source().leave(evidence.anchor + differences, evidence.baseline, evidence.reference.fit)
 
+    def _foresee(self, differences: NDArray[np.float64]) -> None:
+        """Take what was found of the rows, (N,), into what the next race goes by."""
+        evidence, callback = self._evidence(), cast("Any", self).reset_callback
+        if evidence.reference is not None and evidence.reference.rows.shape == differences.shape:
+            callback.run.evidence = replace(evidence, reference=evidence.reference.met(differences))
+
     def _keep_reference(self, metrics: dict[str, float]) -> None:
-        """Where the anchor has just moved here: what the next races need of it."""
+        """After an evaluation to the end: what the next races need of it, and all of it where the anchor moved here."""
         source, callback = self._rows_source(), getattr(self, "reset_callback", None)
         last, source.last = source.last, None
         evidence = self._evidence()
         if last is None or callback is None or callback.run is None or source.latest is None:
             return
-        if callback.reset_state.anchor_step != self.state.global_step:
-            return
         logits, labels = last
         rows = calibrated_rows(logits, labels, 1.0, 0.0) if callback.run.watch.key == PLAIN else source.latest.rows
-        reference = Reference(rows, labels, _figures_of_weights(metrics), source.latest)
-        callback.run.evidence = replace(evidence, reference=reference)
+        if callback.reset_state.anchor_step == self.state.global_step:
+            figures = _figures_of_weights(metrics)
+            reference = Reference(rows, labels, figures, source.latest)
+            callback.run.evidence = replace(evidence, reference=reference)
+        elif evidence.reference is not None and evidence.reference.rows.shape == rows.shape:
+            self._foresee(rows - evidence.reference.rows)
 
     def _gathered(self, logits: object, labels: object) -> tuple[np.ndarray, NDArray[np.int64]]:
         """The block of all processes, in order and without padding: logits (B, K) and labels (B,)."""

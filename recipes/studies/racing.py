@@ -47,6 +47,18 @@ CELLS = {
         "steps": 800,
         "probability": 0.0,
     },
+    "trec-symmetric40, 2000 rows, no resets": {
+        "dataset": "trec",
+        "validation_rows": 2000,
+        "steps": 1200,
+        "probability": 0.0,
+    },
+    "docstrings-symmetric40, 2000 rows, no resets": {
+        "dataset": "docstrings",
+        "validation_rows": 2000,
+        "steps": 1200,
+        "probability": 0.0,
+    },
 }
 
 
@@ -55,12 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="../shared/data", help="folder of the data sets, one folder each")
     parser.add_argument("--trajectories", default=f"{tempfile.gettempdir()}/racing", help="where logits are kept")
-    parser.add_argument("--orders", type=int, default=1, help="random orders of the rows")
+    parser.add_argument("--orders", type=int, default=3, help="random orders of the rows")
     parser.add_argument("--seed", type=int, default=0, help="of the splits, the noise and the training")
     options = parser.parse_args()
     import torch
 
     from hf_reset.study.cells import complete
+    from hf_reset.training.racing import LEVEL
 
     torch.set_num_threads(1)
 
@@ -68,7 +81,7 @@ def main() -> None:
         kept = trajectory(cell, options)
         return summary([race_through(kept, order) for order in range(cell["orders"])], len(kept["labels"]))
 
-    more = {"seed": options.seed, "orders": options.orders}
+    more = {"seed": options.seed, "orders": options.orders, "level": LEVEL}
     asked = [{"setting": name, **more, **cell} for name, cell in CELLS.items()]
     for record in complete(RESULTS, asked, raced, block=BLOCK):
         print(json.dumps(record))
@@ -128,30 +141,34 @@ def race_through(kept: dict[str, Any], order: int) -> list[dict[str, Any]]:
     labels = kept["labels"]
     _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     chance = -np.log(counts[codes] / len(labels))
-    anchor, in_a_row, records = None, 0, []
+    reference: Reference | None = None
+    in_a_row, records = 0, []
     for step, logits, put_back in zip(kept["steps"], kept["logits"], kept["put_back"], strict=True):
         found = calibrated_loss(logits, labels)
+        there = Reference(found.rows, labels, {}, found)
         record = {"step": int(step), "rows": len(labels), "full": found.loss, "is_lost": False, "margin": None}
-        if anchor is None:
-            anchor = found
-            records.append({**record, "moved": True, "loss": anchor.loss})
+        if reference is None:
+            reference = there
+            records.append({**record, "moved": True, "loss": found.loss})
             continue
         if put_back:
-            records.append({**record, "rows": 0, "moved": False, "loss": anchor.loss})
+            records.append({**record, "rows": 0, "moved": False, "loss": reference.fit.loss})
             continue
-        record["margin"] = paired_margin(found.rows, anchor.rows)
-        learned = paired_margin(chance, anchor.rows)
+        record["margin"] = paired_margin(found.rows, reference.rows)
+        learned = paired_margin(chance, reference.rows)
+        differences = found.rows - reference.rows
         if learned is not None and learned >= TURNED and in_a_row + 1 < FULL_EVERY:
-            race = Race(Reference(anchor.rows, labels, {}, anchor), is_plain=False, seed=order, step=int(step))
+            race = Race(reference, is_plain=False, seed=order, step=int(step))
             record["is_lost"] = any(
                 race.enter(logits[rows], labels[rows])
                 for rows in np.split(race.order, range(BLOCK, len(labels), BLOCK))
             )
             record["rows"] = race.rows
+            differences = race.differences()
         in_a_row = in_a_row + 1 if record["is_lost"] else 0
-        moved = not record["is_lost"] and found.loss < anchor.loss
-        anchor = found if moved else anchor
-        records.append({**record, "moved": moved, "loss": anchor.loss})
+        moved = not record["is_lost"] and found.loss < reference.fit.loss
+        reference = there if moved else reference.met(differences)
+        records.append({**record, "moved": moved, "loss": reference.fit.loss})
     return records
 
 
