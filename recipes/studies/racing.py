@@ -146,7 +146,8 @@ def race_through(kept: dict[str, Any], order: int) -> list[dict[str, Any]]:
     for step, logits, put_back in zip(kept["steps"], kept["logits"], kept["put_back"], strict=True):
         found = calibrated_loss(logits, labels)
         there = Reference(found.rows, labels, {}, found)
-        record = {"step": int(step), "rows": len(labels), "full": found.loss, "is_lost": False, "margin": None}
+        record: dict[str, Any] = {"step": int(step), "rows": len(labels), "full": found.loss, "is_lost": False}
+        record |= {"margin": None, "foreseen": None}
         if reference is None:
             reference = there
             records.append({**record, "moved": True, "loss": found.loss})
@@ -157,6 +158,8 @@ def race_through(kept: dict[str, Any], order: int) -> list[dict[str, Any]]:
         record["margin"] = paired_margin(found.rows, reference.rows)
         learned = paired_margin(chance, reference.rows)
         differences = found.rows - reference.rows
+        if reference.foreseen is not None:
+            record["foreseen"] = float(np.corrcoef(reference.foreseen, differences)[0, 1]) ** 2
         if learned is not None and learned >= TURNED and in_a_row + 1 < FULL_EVERY:
             race = Race(reference, is_plain=False, seed=order, step=int(step))
             record["is_lost"] = any(
@@ -192,6 +195,7 @@ def summary(races: list[list[dict[str, Any]]], rows: int) -> dict[str, Any]:
         "factor": rows * len(every) / sum(record["rows"] for record in every),
         "factor_clearly_worse": rows * len(worse) / sum(record["rows"] for record in worse) if worse else math.nan,
         "factor_lost": rows * len(lost) / sum(record["rows"] for record in lost) if lost else math.nan,
+        "foreseen": float(np.median([record["foreseen"] for record in candidates if record["foreseen"] is not None])),
         "median_margin": float(np.median([record["margin"] for record in candidates])),
         "last_anchor": float(np.mean([race[-1]["loss"] for race in races])),
         "best": min(record["full"] for record in every),
