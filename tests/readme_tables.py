@@ -9,7 +9,6 @@ from collections import Counter
 from pathlib import Path
 
 from hf_reset.report import classification, instructions, paper
-from hf_reset.report.best_of import best_of
 from hf_reset.report.comparison import (
     cells_table,
     choices_table,
@@ -61,14 +60,6 @@ def of_arms(records: list[dict], *arms: str) -> list[dict]:
     return [record for record in records if record["arm"] in arms]
 
 
-EITHER = f"best of {', '.join(OURS)}"
-
-
-def with_choices(records: list[dict]) -> list[dict]:
-    """The records, and what noisy accuracy takes of ours with and without GCE, and of the rivals' likewise."""
-    return [*records, *best_of(records, OURS), *best_of(records, ["plain", "gce"]), *best_of(records, ["ema", "gce"])]
-
-
 SAMPLES = 4  # of the generated responses shown
 PRETRAINED = [  # of a language model that is worth generating with
     Column("test_loss_last", "clean test loss, last"),
@@ -82,14 +73,14 @@ PRETRAINED = [  # of a language model that is worth generating with
 
 # The tables of the comparison, by their name in a README.
 STUDY = {
-    "comparison": lambda records: comparison_table(with_choices(records), settings(records)),
+    "comparison": lambda records: comparison_table(records, settings(records)),
     "comparison_other": lambda records: comparison_table(records, settings(records, noisy=False)),
     "comparison_fifth": lambda records: comparison_table(records, of_a_fifth(records)),
     "comparison_settled": comparison_table,
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
-    "headline": lambda records: headline_table(with_choices(records), settings(records), [*OURS, EITHER]),
+    "headline": lambda records: headline_table(records, settings(records), OURS),
     "choices": choices_table,
     "suspects": lambda records: suspects_table(of_arms(records, "plain", *OURS)),
     "suspects_cleanlab": lambda records: suspects_table(
