@@ -6,8 +6,8 @@ at the anchor. It is lost once an improvement of the mean by `CLEAR` standard er
 `LEVEL`, by the betting confidence sequence of `hf_reset.metrics.sequential`; the standard error is that of the paired
 difference over all rows, as the rows so far let it be estimated. A race that is not lost goes to the end and is then an
 evaluation like any other: a new anchor needs all its rows, so to find out early that it is won would save nothing.
-Candidates of one run are alike: what a row's difference was when it was last met foretells half and more of what it is,
-and only the rest has to be found out (`Reference.foreseen`).
+Candidates of one run are alike: what a row's difference was when it was last met foretells a third to three quarters of
+what it is, and only the rest has to be found out (`Reference.foreseen`).
 
 Under "eval_calibrated_loss" a row's loss is the calibrated one, and what that fits is fitted for the candidate on the
 rows met, as it was for the anchor on all rows: what their two evaluations would say, but a little kinder to the

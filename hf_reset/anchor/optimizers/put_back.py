@@ -51,7 +51,7 @@ def put_back(optimizer: Optimizer, reach: Reach, look: Look, held: Held) -> list
         optimizer: the one that was looked at, or another that is made alike.
         reach: the scope's.
         look: what `look` saw.
-        held: copies of its tensors; always the same for one look.
+        held: copies of its tensors; always the same for one look, and for others in which states stood alike.
 
     Returns:
         What is left to do: pairs of a live tensor to write, and the held one to write into it.
