@@ -156,11 +156,11 @@ def comparison_report(
         cells_table,
         choices_table,
         comparison_table,
-        rivals_table,
         settings_of,
         suspects_table,
     )
     from hf_reset.report.comparison_figure import plot_comparison
+    from hf_reset.report.rivals import best_rivals_table, rivals_table
     from hf_reset.study.comparison import read_records
 
     records = read_records(folder)
@@ -172,13 +172,18 @@ def comparison_report(
     if best_of_arms is not None:
         records += best_of(records, best_of_arms)
     seeds = len({record["seed"] for record in records})
+    ours = list(dict.fromkeys(record["arm"] for record in records if record["is_ours"]))
     parts = [
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
         comparison_table(records, chosen),
         *(
             f"{arm} beside each other method, on the runs that both have:\n\n{rivals_table(records, arm, chosen)}"
-            for arm in dict.fromkeys(record["arm"] for record in records if record["is_ours"])
+            for arm in ours
+        ),
+        *(
+            f"{arm} beside the rival that is best on a setting:\n\n{best_rivals_table(records, arm, chosen)}"
+            for arm in ours
         ),
         cells_table(records),
         "What each figure of noisy validation chose in plain training:",

@@ -14,11 +14,11 @@ from hf_reset.report.comparison import (
     choices_table,
     comparison_table,
     headline_table,
-    rivals_table,
     settings_of,
     suspects_table,
 )
 from hf_reset.report.results import read_results
+from hf_reset.report.rivals import best_rivals_table, rivals_table
 from hf_reset.report.tables import RESETS, Column, markdown_table, summary_table
 from hf_reset.study.comparison import read_records
 
@@ -78,6 +78,7 @@ STUDY = {
     "comparison_fifth": lambda records: comparison_table(records, of_a_fifth(records)),
     "comparison_settled": comparison_table,
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
+    "comparison_best_rivals": lambda records: best_rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
     "headline": lambda records: headline_table(records, settings(records), OURS),

@@ -20,9 +20,9 @@ from hf_reset.report.comparison import (
     headline_table,
     line,
     lines_of,
-    rivals_table,
     suspects_table,
 )
+from hf_reset.report.rivals import best_rivals_table, rivals_table
 from hf_reset.study.arms import PLAIN, RESET, Arm
 from hf_reset.study.cells import complete
 from hf_reset.study.comparison import Plan, Run, Setting, claim, pending, read_records, record_path
@@ -198,6 +198,25 @@ def test_beside_a_rival_only_the_runs_that_both_have_count():
     assert not any(line.startswith("| reset") for line in lines)
     with pytest.raises(DataError, match="no record of the arm 'nobody'"):
         rivals_table(records, "nobody")
+
+
+def test_on_each_setting_the_rival_that_is_best_beside_ours():
+    records = [
+        *RECORDS,  # ours: 0.90 and 0.88 on a, 0.59 on b
+        record("a", "good", 0, loss=0.905, accuracy=0.5),  # the highest, and ahead by 0.5 on the seed that it has
+        record("a", "steady", 0, loss=0.90, accuracy=0.5),  # level, and ahead by 2.0 on the next seed
+        record("a", "steady", 1, loss=0.90, accuracy=0.5),
+        record("b", "good", 0, loss=0.50, accuracy=0.58),
+        record("b", "good", 1, loss=0.50, accuracy=0.99),  # ours has no such run
+        {**record("b", "control", 0, loss=0.99, accuracy=0.99), "overrides": {"train_on": "clean validation"}},
+    ]
+    lines = best_rivals_table(records, "reset").splitlines()[2:]
+    assert lines == [
+        "| a | 2 | steady | 2 | 0.900 ± 0.000 | 0.890 ± 0.014 | -1.0 |",
+        "| b | 1 | good | 1 | 0.580 | 0.590 | +1.0 |",
+        "| won / tied / lost; mean |  |  |  |  | 1 / 0 / 1 | +0.0 |",
+    ]
+    assert best_rivals_table(RECORDS, "reset") == "No other method was run where reset was."
 
 
 def test_many_settings_are_left_to_the_table_of_cells():

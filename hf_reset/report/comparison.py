@@ -40,6 +40,12 @@ class Line:
     reading: str
     cells: Mapping[str, Mapping[int, float]]
 
+    @property
+    def name(self) -> str:
+        """The method, and what chose its checkpoint where that is not what the method is run with."""
+        said = {"last": ", last", "accuracy": ", by accuracy"}
+        return self.arm + said.get(self.reading, "")
+
     def mean(self, setting: str) -> float:
         """Mean over the seeds of a setting."""
         return statistics.fmean(self.cells[setting].values())
@@ -199,7 +205,7 @@ def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Seq
     """
     baseline = baseline_of(records)
     lines = [("plain, last step", line(records, "plain", "last")), ("plain, best checkpoint", baseline)]
-    lines += [(_named(one), one) for one in lines_of(records) if one.arm in arms]
+    lines += [(one.name, one) for one in lines_of(records) if one.arm in arms]
     shared = [setting for setting in settings if all(setting in one.cells for _, one in lines)]
     if not shared:
         raise DataError(f"there is no setting that {', '.join(name for name, _ in lines)} all have a record on.")
@@ -218,60 +224,6 @@ def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Seq
     )
 
 
-def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] | None = None) -> str:
-    """Markdown: one method beside each other one, on the very runs (setting and seed) that both have.
-
-    Args:
-        records: of the study.
-        ours: the method, by name; its checkpoint is chosen by the calibrated loss, or noisy loss or accuracy where it
-            is not one of this package's.
-        settings: those to take in; None: all.
-
-    Raises:
-        DataError: the study has no record of it.
-    """
-    settings = settings_of(records) if settings is None else settings
-    baseline, lines = baseline_of(records), lines_of(records)
-    if not (found := [one for one in lines if one.arm == ours]):
-        raise DataError(f"the study has no record of the arm {ours!r}.")
-    mine, rows = found[0], []
-    for one in lines:
-        gap = difference(mine, one, settings) if one.arm != ours else None
-        if gap is None:
-            continue
-        its, own = _on_runs_of(one, mine), _on_runs_of(mine, one)
-        means = [[values.mean() for values in paired_points(part, baseline, settings)] for part in (its, own)]
-        rows.append(
-            [
-                _named(one) if one.arm != "plain" else f"plain, by {one.reading}",
-                str(sum(len(its.cells.get(setting, {})) for setting in settings)),
-                *(f"{statistics.fmean(points):+.1f}" if points else "–" for points in means),
-                f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
-                f"{gap.wins} / {gap.ties} / {gap.losses}",
-            ]
-        )
-    return markdown_table(
-        [
-            "beside",
-            "runs",
-            "it, to best checkpoint",
-            f"{ours}, to it",
-            "the second less the first (95 %)",
-            "won / tied / lost",
-        ],
-        rows,
-    )
-
-
-def _on_runs_of(one: Line, other: Line) -> Line:
-    """The part of a line whose settings and seeds another has too."""
-    cells = {
-        setting: {seed: value for seed, value in seeds.items() if seed in other.cells.get(setting, {})}
-        for setting, seeds in one.cells.items()
-    }
-    return Line(one.arm, one.reading, {setting: seeds for setting, seeds in cells.items() if seeds})
-
-
 def cells_table(records: Sequence[Record], arms: Sequence[str] | None = None) -> str:
     """Markdown: a row a setting, a column a method, mean ± sample standard deviation over the seeds.
 
@@ -286,7 +238,7 @@ def cells_table(records: Sequence[Record], arms: Sequence[str] | None = None) ->
     else:
         lines = [one for one in lines if one.arm in arms]
     baseline = baseline_of(records)
-    headings = ["setting", "seeds", "best checkpoint", *(_named(one) for one in lines)]
+    headings = ["setting", "seeds", "best checkpoint", *(one.name for one in lines)]
     rows = [
         [
             setting,
@@ -326,11 +278,6 @@ def choices_table(records: Sequence[Record]) -> str:
         rows.append(["mean", "", *(f"{statistics.fmean(column):.3f}" for column in zip(*means, strict=True)), "", ""])
     chosen = [f"chosen by {_SHOWN.get(way, way)}" for way in ways]
     return markdown_table(["setting", "seeds", *chosen, "noise fitted", "labels wrong"], rows)
-
-
-def _named(one: Line) -> str:
-    said = {"last": ", last", "accuracy": ", by accuracy"}  # else by what it is run with
-    return one.arm + said.get(one.reading, "")
 
 
 def suspects_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
