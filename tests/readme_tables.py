@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from hf_reset.report import classification, instructions, paper
+from hf_reset.report.best_of import settled_table
 from hf_reset.report.comparison import (
     cells_table,
     choices_table,
@@ -20,7 +21,7 @@ from hf_reset.report.comparison import (
 from hf_reset.report.results import read_results
 from hf_reset.report.rivals import best_rivals_table, rivals_table
 from hf_reset.report.tables import RESETS, Column, markdown_table, summary_table
-from hf_reset.study.comparison import read_records
+from hf_reset.study.comparison import Plan, read_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -104,6 +105,9 @@ def table(name: str) -> str:
         return paper.auto_table(read_records(RESULTS / "studies" / "auto"))
     if name == "racing_clock":
         return paper.auto_table(read_records(RESULTS / "studies" / name), seconds=True)
+    if name == "settled":
+        arms = Plan.read(ROOT / "recipes" / "studies" / "plans" / "settled.yaml").arms
+        return settled_table(read_records(RESULTS / "studies" / name), [arm.name for arm in arms])
     if name.startswith("paper_"):
         study = name.removeprefix("paper_")
         path = RESULTS / "studies" / "paper" / f"{study}.json"

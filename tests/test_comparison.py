@@ -10,7 +10,7 @@ import pytest
 
 from hf_reset.cli import main
 from hf_reset.errors import ConfigError, DataError
-from hf_reset.report.best_of import best_of
+from hf_reset.report.best_of import best_of, settled_table
 from hf_reset.report.comparison import (
     baseline_of,
     cells_table,
@@ -244,10 +244,11 @@ def test_choices_of_plain_training_stand_beside_the_noise_that_was_fitted():
     assert lines[-1] == "| mean |  | 0.660 | 0.685 | 0.700 |  |  |"
 
 
-def test_of_two_runs_noisy_accuracy_takes_one():
-    def with_history(one, *values):
-        return {**one, "history": {"accuracy": [[10 * place, value] for place, value in enumerate(values)]}}
+def with_history(one, *values):
+    return {**one, "history": {"accuracy": [[10 * place, value] for place, value in enumerate(values)]}}
 
+
+def test_of_two_runs_noisy_accuracy_takes_one():
     records = [
         with_history(record("a", "x", 0, calibrated=0.9), 0.2, 0.6, 0.3),
         with_history(record("a", "y", 0, calibrated=0.1), 0.5, 0.5),
@@ -264,6 +265,24 @@ def test_of_two_runs_noisy_accuracy_takes_one():
     for arms in (["x"], ["x", "x"], ["x", "z"]):
         with pytest.raises(DataError, match="takes two arms, and a setting and seed they share"):
             best_of(records, arms)
+
+
+def test_a_parameter_is_settled_by_noisy_accuracy_alone():
+    records = [
+        with_history(record("a", "x, p 1", 0, accuracy=0.9), 0.5, 0.6),
+        with_history(record("b", "x, p 1", 0, accuracy=0.7), 0.5, 0.4),
+        with_history(record("a", "x, p 2", 0, accuracy=0.4), 0.58, 0.2),
+        with_history(record("b", "x, p 2", 0, accuracy=0.4), 0.6, 0.2),
+        with_history(record("a", "y, q 1", 0, accuracy=0.4), 0.5),
+        with_history(record("b", "y, q 1", 0, accuracy=0.4), 0.5),
+    ]
+    arms = ["x, p 1", "x, p 2", "y, q 1"]
+    assert settled_table(records, arms).splitlines()[2:] == [
+        "| x | p 1: 0.550 (0.800) | p 2: 0.590 (0.400) | p 2 |",  # though its clean accuracy is the lower
+        "| y | q 1: 0.500 (0.400) |  | q 1 |",
+    ]
+    with pytest.raises(DataError, match="'y, q 1' lacks 1 of 2 runs"):
+        settled_table(records[:-1], arms)
 
 
 def test_an_arm_that_was_not_run_is_said():
