@@ -48,14 +48,6 @@ def of_a_fifth(records: list[dict]) -> list[str]:
     return [setting for setting in settings_of(records) if setting.endswith("20")]
 
 
-SETTLED_ON = "sst2"  # the data set on which parameters were settled: shown, and in no average
-
-
-def of_settled(records: list[dict], *, settled: bool) -> list[dict]:
-    """The records of the data set on which parameters were settled, or all others."""
-    return [record for record in records if (record["setting"]["dataset"] == SETTLED_ON) == settled]
-
-
 def of_arms(records: list[dict], *arms: str) -> list[dict]:
     """The records of some methods."""
     return [record for record in records if record["arm"] in arms]
@@ -77,7 +69,6 @@ STUDY = {
     "comparison": lambda records: comparison_table(records, settings(records)),
     "comparison_other": lambda records: comparison_table(records, settings(records, noisy=False)),
     "comparison_fifth": lambda records: comparison_table(records, of_a_fifth(records)),
-    "comparison_settled": comparison_table,
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
     "comparison_best_rivals": lambda records: best_rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
@@ -99,8 +90,9 @@ def render(readme: str) -> str:
 def table(name: str) -> str:
     """The table of one result file, or of the folder of a study."""
     if name in STUDY:
-        records = read_records(RESULTS / "studies" / "comparison")
-        return STUDY[name](of_settled(records, settled=name == "comparison_settled"))
+        return STUDY[name](read_records(RESULTS / "studies" / "comparison"))
+    if name == "sst2":
+        return comparison_table(read_records(RESULTS / "studies" / name))
     if name == "auto":
         return paper.auto_table(read_records(RESULTS / "studies" / "auto"))
     if name == "racing_clock":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_reset.report.comparison import baseline_of, difference, lines_of, paired_points, settings_of
+from hf_reset.report.comparison import Line, baseline_of, difference, lines_of, paired_points, settings_of
 from hf_reset.report.plots import new_figure, save_figure
 from hf_reset.report.tables import Record
 
@@ -13,19 +13,21 @@ from hf_reset.report.tables import Record
 def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
     """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval.
 
-    Methods that were seen on fewer than five settings of many are left to the table: their means say little.
+    Each method by the checkpoint that it is run with, plain training by each choice. Those that were seen on fewer than
+    five settings, or than a quarter of many, are left to the table: their means say little.
     """
     baseline, settings = baseline_of(records), settings_of(records)
-    lines = [
-        one
-        for one in lines_of(records)
-        if (one.arm, one.reading) != ("plain", "last")
-        and len(paired_points(one, baseline, settings)) >= min(5, len(settings))
-    ]
-    figure = new_figure(8.5, 0.42 * len(lines) + 1.6)
+    read: dict[str, Line] = {}
+    for one in lines_of(records):
+        read.setdefault(f"plain, by {one.reading}" if one.arm == "plain" else one.arm, one)
+    seen = {name: len(paired_points(one, baseline, settings)) for name, one in read.items()}
+    least = max(min(5, len(settings)), len(settings) / 4)
+    shown = [name for name, count in seen.items() if count >= least and name != "plain, by last"]
+    shown.reverse()  # the first one highest
+    figure = new_figure(8.5, 0.42 * len(shown) + 1.6)
     axis = figure.subplots()
     looks = _looks(settings)
-    for height, one in enumerate(reversed(lines)):
+    for height, one in enumerate(read[name] for name in shown):
         for place, setting in enumerate(settings):
             points = [point for seeds in paired_points(one, baseline, [setting]) for point in seeds]
             offset = 0.5 * ((place + 0.5) / len(settings) - 0.5)
@@ -36,8 +38,8 @@ def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str |
             axis.plot([gap.low, gap.high], [height, height], color="black", lw=1.6, solid_capstyle="round")
             axis.plot([gap.mean], [height], "D", color="black", ms=5)
     axis.axvline(0, color="black", lw=0.8, ls=":")
-    axis.set_yticks(range(len(lines)), [f"{one.arm} (by {one.reading})" for one in reversed(lines)], fontsize=8)
-    axis.set_ylim(-0.8, len(lines) - 0.2)
+    axis.set_yticks(range(len(shown)), [f"{name} ({seen[name]} columns)" for name in shown], fontsize=8)
+    axis.set_ylim(-0.8, len(shown) - 0.2)
     axis.set_xlabel("clean test accuracy less that of the stronger best checkpoint, points")
     # Colours say the data, shapes what is done to the labels.
     colours = {_data_and_noise(setting)[0]: look[0] for setting, look in looks.items()}
