@@ -37,6 +37,13 @@ def is_noisy(setting: str) -> bool:
 OURS = ["reset + refine + ema", "reset + refine + ema + gce"]
 ABLATIONS = ["refine + ema", "reset + refine", "reset", "reset + refine + ema, by eval_loss"]  # of the first of ours
 
+TAKEN = [
+    "reset + refine + ema + gce, q 0.5",
+    "gce, q 0.9",
+    "ema, decay 0.995",
+    "elr, λ 7",
+]  # of "settled", where not used
+
 
 def settings(records: list[dict], *, noisy: bool = True) -> list[str]:
     """The settings of which at least 40 % of the labels were made wrong; or the others, without those of a fifth."""
@@ -51,6 +58,15 @@ def of_a_fifth(records: list[dict]) -> list[str]:
 def of_arms(records: list[dict], *arms: str) -> list[dict]:
     """The records of some methods."""
     return [record for record in records if record["arm"] in arms]
+
+
+def taken_table(records: list[dict]) -> str:
+    """What noisy validation took elsewhere beside what the comparison has, on the columns and seeds that have both."""
+    taken = of_arms(records, *TAKEN)
+    runs = {(record["setting"]["name"], record["seed"]) for record in taken}
+    arms = {"plain", *TAKEN, *(arm.partition(", ")[0] for arm in TAKEN)}
+    shared = [one for one in records if (one["setting"]["name"], one["seed"]) in runs and one["arm"] in arms]
+    return comparison_table(shared)
 
 
 SAMPLES = 4  # of the generated responses shown
@@ -68,6 +84,7 @@ PRETRAINED = [  # of a language model that is worth generating with
 STUDY = {
     "comparison": lambda records: comparison_table(records, settings(records)),
     "comparison_other": lambda records: comparison_table(records, settings(records, noisy=False)),
+    "comparison_taken": taken_table,
     "comparison_fifth": lambda records: comparison_table(records, of_a_fifth(records)),
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
     "comparison_best_rivals": lambda records: best_rivals_table(records, OURS[1], settings(records)),

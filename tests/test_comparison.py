@@ -277,14 +277,21 @@ def test_a_parameter_is_settled_by_noisy_accuracy_alone():
         with_history(record("b", "x, p 2", 0, accuracy=0.4), 0.6, 0.2),
         with_history(record("a", "y, q 1", 0, accuracy=0.4), 0.5),
         with_history(record("b", "y, q 1", 0, accuracy=0.4), 0.5),
+        with_history(
+            record("a", "z, s 1", 0, accuracy=0.4), 0.4125
+        ),  # as good as the next, which sums to more in floats
+        with_history(record("b", "z, s 1", 0, accuracy=0.4), 0.385),
+        with_history(record("a", "z, s 2", 0, accuracy=0.4), 0.3975),
+        with_history(record("b", "z, s 2", 0, accuracy=0.4), 0.4),
     ]
-    arms = ["x, p 1", "x, p 2", "y, q 1"]
+    arms = ["x, p 1", "x, p 2", "z, s 1", "z, s 2", "y, q 1"]
     assert settled_table(records, arms).splitlines()[2:] == [
         "| x | p 1: 0.550 (0.800) | p 2: 0.590 (0.400) | p 2 |",  # though its clean accuracy is the lower
+        "| z | s 1: 0.399 (0.400) | s 2: 0.399 (0.400) | s 1 |",
         "| y | q 1: 0.500 (0.400) |  | q 1 |",
     ]
     with pytest.raises(DataError, match="'y, q 1' lacks 1 of 2 runs"):
-        settled_table(records[:-1], arms)
+        settled_table([one for one in records if one["setting"]["name"] == "a" or one["arm"] != "y, q 1"], arms)
 
 
 def test_an_arm_that_was_not_run_is_said():

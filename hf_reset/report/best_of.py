@@ -63,7 +63,7 @@ def settled_table(records: Sequence[Record], arms: Sequence[str]) -> str:
     rows, most = [], max(len(those) for those in values.values())
     for method, those in values.items():
         cells = [of_arm[f"{method}, {value}"] for value in those]
-        noisy = [statistics.fmean(map(_best_accuracy, cell)) for cell in cells]
+        noisy = [round(statistics.fmean(map(_best_accuracy, cell)), 9) for cell in cells]  # equals stay equal
         clean = [statistics.fmean(one["test_accuracy"]["accuracy"] for one in cell) for cell in cells]
         shown = [f"{value}: {one:.3f} ({other:.3f})" for value, one, other in zip(those, noisy, clean, strict=True)]
         rows.append([method, *shown, *[""] * (most - len(those)), those[noisy.index(max(noisy))]])
