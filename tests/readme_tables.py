@@ -18,6 +18,7 @@ from hf_reset.report.comparison import (
     settings_of,
     suspects_table,
 )
+from hf_reset.report.comparison_figure import plot_comparison
 from hf_reset.report.results import read_results
 from hf_reset.report.rivals import best_rivals_table, rivals_table
 from hf_reset.report.tables import RESETS, Column, markdown_table, summary_table
@@ -273,6 +274,16 @@ def _exactness(result: dict) -> str:
     return markdown_table(["package", "exact", "refused when training begins"], rows)
 
 
+def draw() -> None:
+    """The picture of the columns that the headline is of, of the methods that most of them have."""
+    folder = RESULTS / "studies" / "comparison"
+    records = read_records(folder)
+    chosen = settings(records)
+    noisy = [record for record in records if record["setting"]["name"] in chosen]
+    plot_comparison(noisy, folder / "noisy.png", share=0.5)
+
+
 if __name__ == "__main__":
+    draw()
     for path in (ROOT / "README.md", *(ROOT / "recipes").glob("*/README.md")):
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

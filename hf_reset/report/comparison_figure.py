@@ -10,18 +10,20 @@ from hf_reset.report.plots import new_figure, save_figure
 from hf_reset.report.tables import Record
 
 
-def plot_comparison(records: Sequence[Record], path: str | Path, *, title: str | None = None) -> Path:
+def plot_comparison(
+    records: Sequence[Record], path: str | Path, *, share: float = 0.25, title: str | None = None
+) -> Path:
     """Each method's difference to the best checkpoint: a point a setting and seed, and the mean with its interval.
 
     Each method by the checkpoint that it is run with, plain training by each choice. Those that were seen on fewer than
-    five settings, or than a quarter of many, are left to the table: their means say little.
+    five settings, or than `share` of many, are left to the table: their means say little beside others'.
     """
     baseline, settings = baseline_of(records), settings_of(records)
     read: dict[str, Line] = {}
     for one in lines_of(records):
         read.setdefault(f"plain, by {one.reading}" if one.arm == "plain" else one.arm, one)
     seen = {name: len(paired_points(one, baseline, settings)) for name, one in read.items()}
-    least = max(min(5, len(settings)), len(settings) / 4)
+    least = max(min(5, len(settings)), share * len(settings))
     shown = [name for name, count in seen.items() if count >= least and name != "plain, by last"]
     shown.reverse()  # the first one highest
     figure = new_figure(8.5, 0.42 * len(shown) + 1.6)
