@@ -277,9 +277,8 @@ def test_a_parameter_is_settled_by_noisy_accuracy_alone():
         with_history(record("b", "x, p 2", 0, accuracy=0.4), 0.6, 0.2),
         with_history(record("a", "y, q 1", 0, accuracy=0.4), 0.5),
         with_history(record("b", "y, q 1", 0, accuracy=0.4), 0.5),
-        with_history(
-            record("a", "z, s 1", 0, accuracy=0.4), 0.4125
-        ),  # as good as the next, which sums to more in floats
+        # As good as the next one, which sums to more in floats.
+        with_history(record("a", "z, s 1", 0, accuracy=0.4), 0.4125),
         with_history(record("b", "z, s 1", 0, accuracy=0.4), 0.385),
         with_history(record("a", "z, s 2", 0, accuracy=0.4), 0.3975),
         with_history(record("b", "z, s 2", 0, accuracy=0.4), 0.4),

@@ -84,10 +84,12 @@ def best_rivals_table(records: Sequence[Record], ours: str, settings: Sequence[s
     mine, rivals = _line_of(records, ours), [one for one in lines_of(records) if one.arm in names]
     rows, gaps = [], []
     for setting in settings:
-        beside = [(difference(mine, one, [setting]), one) for one in rivals]
-        if not (found := [(gap, one) for gap, one in beside if gap is not None]):
+        beside = [(paired_points(mine, one, [setting]), one) for one in rivals]
+        if not (found := [(points[0].mean(), one) for points, one in beside if points]):
             continue
-        gap, best = min(found, key=lambda pair: pair[0].mean)
+        _, best = min(found, key=lambda pair: pair[0])
+        gap = difference(mine, best, [setting])  # of the best alone: it draws ten thousand times
+        assert gap is not None
         its, own = (_on_runs_of(*pair).cells[setting] for pair in ((best, mine), (mine, best)))
         shown = [spread_text(list(seeds.values())) for seeds in (its, own)]
         rows.append([setting, str(len(found)), best.name, str(len(its)), *shown, f"{gap.mean:+.1f}"])
