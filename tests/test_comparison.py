@@ -1,5 +1,6 @@
 """Studies of many methods: the plan's order, who takes which run, and the figures of the table by hand."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from hf_reset.cli import main
 from hf_reset.errors import ConfigError, DataError
@@ -25,6 +27,7 @@ from hf_reset.report.comparison import (
 from hf_reset.report.rivals import best_rivals_table, rivals_table
 from hf_reset.study.arms import PLAIN, RESET, Arm
 from hf_reset.study.cells import complete
+from hf_reset.study.classification import ClassificationData
 from hf_reset.study.comparison import Plan, Run, Setting, claim, pending, read_records, record_path
 
 TREC, NEWS = Setting("trec", "symmetric", 0.4), Setting("ag_news", "pair", 0.4)
@@ -102,6 +105,42 @@ def test_the_committed_plans_read(request, name):
     assert len(runs) == len({run.name for run in runs})
     if name in ("comparison", "sst2"):
         assert runs[0].arm.name == "plain"  # the baseline of everything
+
+
+@pytest.fixture(scope="module")
+def study(request):
+    spec = importlib.util.spec_from_file_location("study", request.config.rootpath / "recipes" / "studies" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def few_rows(*, clean=(0, 1, 2, 0, 1)):
+    """Training and validation rows of which every label is wrong."""
+    wrong = [(label + 1) % 3 for label in clean]
+    columns = {"text": list("abcde"), "label": wrong, "clean_label": list(clean), "is_mislabelled": [True] * 5}
+    rows = Dataset.from_dict(columns)
+    return ClassificationData(train=rows, validation=rows, test=rows, names=["x", "y", "z"])
+
+
+def test_true_labels_of_validation_may_choose_or_be_all_there_is_to_train_on(study):
+    data = few_rows()
+    assert study.with_clean_labels(data, {"reset_probability": 0.02}) is data
+    chosen = study.with_clean_labels(data, {"validate_on": "clean labels"})
+    assert chosen.train is data.train
+    assert chosen.validation["label"] == chosen.validation["clean_label"] == [0, 1, 2, 0, 1]
+    alone = study.with_clean_labels(data, {"train_on": "clean validation"})
+    assert (alone.train["text"], alone.train["label"]) == (["b", "c", "d", "e"], [1, 2, 0, 1])
+    assert (alone.validation["text"], alone.validation["label"]) == (["a"], [0])
+    assert not any(alone.train["is_mislabelled"])
+    assert not any(chosen.validation["is_mislabelled"])
+
+
+def test_true_labels_that_a_study_does_not_know(study):
+    with pytest.raises(ConfigError, match="validate_on must be 'clean labels', got 'gold'"):
+        study.with_clean_labels(few_rows(), {"validate_on": "gold"})
+    with pytest.raises(ConfigError, match="train_on needs the true label of each validation row"):
+        study.with_clean_labels(few_rows(clean=(0, 1, 2, 0, -1)), {"train_on": "clean validation"})
 
 
 def record(setting, arm, seed, ours=False, **accuracy):
@@ -211,6 +250,7 @@ def test_on_each_setting_the_rival_that_is_best_beside_ours():
         record("b", "good", 0, loss=0.50, accuracy=0.58),
         record("b", "good", 1, loss=0.50, accuracy=0.99),  # ours has no such run
         {**record("b", "control", 0, loss=0.99, accuracy=0.99), "overrides": {"train_on": "clean validation"}},
+        {**record("b", "chosen", 0, loss=0.99, accuracy=0.99), "overrides": {"validate_on": "clean labels"}},
     ]
     lines = best_rivals_table(records, "reset").splitlines()[2:]
     assert lines == [

@@ -9,6 +9,9 @@ from hf_reset.errors import DataError
 from hf_reset.report.comparison import Line, baseline_of, difference, lines_of, paired_points, settings_of
 from hf_reset.report.tables import Record, markdown_table, spread_text
 
+# What a study's methods say of themselves where they are given true labels, to train on or to choose by.
+_CLEAN = {"train_on", "validate_on"}
+
 
 def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] | None = None) -> str:
     """Markdown: one method beside each other one, on the very runs (setting and seed) that both have.
@@ -104,8 +107,8 @@ def best_rivals_table(records: Sequence[Record], ours: str, settings: Sequence[s
 
 
 def _rivals_of(records: Sequence[Record]) -> list[str]:
-    """The methods but plain training that are not of this package and train on the same noisy rows, by name."""
-    theirs = [one for one in records if not one["is_ours"] and "train_on" not in one.get("overrides", {})]
+    """The methods but plain training that are not of this package and see no label but the noisy ones, by name."""
+    theirs = [one for one in records if not one["is_ours"] and not _CLEAN & set(one.get("overrides", {}))]
     return [arm for arm in dict.fromkeys(record["arm"] for record in theirs) if arm != "plain"]
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from hf_reset.study.comparison import Plan, Run
     from hf_reset.study.tail import LowerLayers
 
+# What a method may be given of the validation rows' true labels, in a plan's words.
+CLEAN = {"train_on": "clean validation", "validate_on": "clean labels"}
 READINGS = {
     "loss": "eval_cross_entropy",
     "accuracy": "eval_accuracy",
@@ -165,9 +167,7 @@ def carry_out(run: Run, chosen: dict[str, Any], options: argparse.Namespace) -> 
     lower, data, known = materials(run, chosen, options.data_dir, options.model_dir)
     if run.arm.overrides.get("filter_with") == "cleanlab":
         return filter_and_retrain(run, chosen, lower, data, known)
-    if run.arm.overrides.get("train_on") == "clean validation":
-        data = on_clean_validation(data)
-    return train_once(run, chosen, lower, data, known)
+    return train_once(run, chosen, lower, with_clean_labels(data, run.arm.overrides), known)
 
 
 def materials(
@@ -290,7 +290,8 @@ def build(
 
     set_seed(run.seed)
     settings = {**chosen["training"], **run.arm.overrides}
-    settings.pop("train_on", None)  # obeyed where the data are chosen
+    for name in CLEAN:
+        settings.pop(name, None)  # obeyed where the data are chosen
     model: Any = lower.classifier(len(data.names))
     if rank := settings.pop("lora_rank", 0):
         lora = {"lora_rank": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
@@ -328,14 +329,26 @@ def build(
     return trainer, bests
 
 
-def on_clean_validation(data: ClassificationData) -> ClassificationData:
-    """The sobering control: training on four fifths of the validation rows with true labels, the rest chooses."""
-    true = data.validation.remove_columns("label").rename_column("clean_label", "label")
+def with_clean_labels(data: ClassificationData, overrides: dict[str, Any]) -> ClassificationData:
+    """The data of a method that is given the true labels of the validation rows: to choose by, or to train on."""
+    from hf_reset.errors import ConfigError
+
+    asked = {name: overrides[name] for name in CLEAN if name in overrides}
+    for name, value in asked.items():
+        if value != CLEAN[name]:
+            raise ConfigError(f"{name} must be {CLEAN[name]!r}, got {value!r}.")
+    if not asked:
+        return data
+    if min(data.validation["clean_label"]) < 0:
+        raise ConfigError(f"{next(iter(asked))} needs the true label of each validation row, and some have none.")
+    true = data.validation.remove_columns(["label", "is_mislabelled"]).rename_column("clean_label", "label")
     true = true.add_column("clean_label", true["label"])  # pyright: ignore[reportCallIssue]
+    true = true.add_column("is_mislabelled", [False] * len(true))  # pyright: ignore[reportCallIssue]
+    if "train_on" not in asked:
+        return replace(data, validation=true)
+    # The sobering control: four fifths of these rows are all there is to train on, and the rest chooses.
     order = sorted(range(len(true)), key=lambda row: (row % 5 == 0, row))  # in order of length: both get all lengths
     count = len(true) - len(range(0, len(true), 5))
-    right = [False] * len(true)
-    true = true.remove_columns("is_mislabelled").add_column("is_mislabelled", right)  # pyright: ignore[reportCallIssue]
     return replace(data, train=true.select(order[:count]), validation=true.select(order[count:]))
 
 
