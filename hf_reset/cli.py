@@ -156,6 +156,7 @@ def comparison_report(
         cells_table,
         choices_table,
         comparison_table,
+        last_weights_table,
         settings_of,
         suspects_table,
     )
@@ -177,6 +178,7 @@ def comparison_report(
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
         comparison_table(records, chosen),
+        f"The last step's weights, nothing chosen:\n\n{last_weights_table(records, chosen)}",
         *(
             f"{arm} beside each other method, on the runs that both have:\n\n{rivals_table(records, arm, chosen)}"
             for arm in ours

@@ -15,6 +15,7 @@ from hf_reset.report.comparison import (
     choices_table,
     comparison_table,
     headline_table,
+    last_weights_table,
     settings_of,
     suspects_table,
 )
@@ -90,6 +91,7 @@ STUDY = {
     "comparison_rivals": lambda records: rivals_table(records, OURS[1], settings(records)),
     "comparison_best_rivals": lambda records: best_rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
+    "comparison_last": lambda records: last_weights_table(records, settings(records)),
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
     "headline": lambda records: headline_table(records, settings(records), OURS),
     "choices": choices_table,

@@ -20,6 +20,7 @@ from hf_reset.report.comparison import (
     comparison_table,
     difference,
     headline_table,
+    last_weights_table,
     line,
     lines_of,
     suspects_table,
@@ -259,6 +260,16 @@ def test_on_each_setting_the_rival_that_is_best_beside_ours():
         "| won / tied / lost; mean |  |  |  |  | 1 / 0 / 1 | +0.0 |",
     ]
     assert best_rivals_table(RECORDS, "reset") == "No other method was run where reset was."
+
+
+def test_last_weights_stand_beside_what_validation_would_choose():
+    records = [*RECORDS, record("a", "smooth", 0, last=0.79, loss=0.7, accuracy=0.82)]
+    rows = [row.split(" | ") for row in last_weights_table(records).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| reset", "| smooth", "| plain"]  # in the order of their last weights
+    assert rows[0][1:] == ["2", "+4.0", "+20.0 (+10.0 to +30.0)", "+10.0", "2 / 0 / 0 |"]  # 10 points on a, 30 on b
+    assert rows[1][1:3] == ["1", "+2.0"]
+    assert rows[2][1:] == ["2", "+0.0", "-15.0 (-30.0 to +0.0)", "-30.0", "0 / 1 / 1 |"]
+    assert len(last_weights_table(records, ["b"]).splitlines()) == 4  # "smooth" was not run there
 
 
 def test_many_settings_are_left_to_the_table_of_cells():

@@ -195,6 +195,32 @@ def comparison_table(records: Sequence[Record], settings: Sequence[str] | None =
     return markdown_table(headings, rows)
 
 
+def last_weights_table(records: Sequence[Record], settings: Sequence[str] | None = None) -> str:
+    """Markdown: a row a method, its last step's weights beside what validation would choose.
+
+    Both are held against the best checkpoint: for whoever lets training end and looks at nothing.
+
+    Args:
+        records: of the study.
+        settings: those to take in; None: all.
+    """
+    settings = settings_of(records) if settings is None else settings
+    baseline, rows = baseline_of(records), []
+    for one in lines_of(records):
+        if (one.arm == "plain" and one.reading != "last") or one.reading == "accuracy":
+            continue  # a method once, as it is read first
+        chosen = baseline if one.arm == "plain" else one
+        last, best = (difference(way, baseline, settings) for way in (line(records, one.arm, "last"), chosen))
+        if last is not None and best is not None:
+            counts = f"{last.wins} / {last.ties} / {last.losses}"
+            interval = f"{last.mean:+.1f} ({last.low:+.1f} to {last.high:+.1f})"
+            count = str(last.wins + last.ties + last.losses)
+            rows.append((last.mean, [one.arm, count, f"{best.mean:+.1f}", interval, f"{last.worst:+.1f}", counts]))
+    rows.sort(key=lambda row: -row[0])
+    headings = ["method", "settings", "chosen, to best checkpoint", "last weights, to best checkpoint (95 %)", "worst"]
+    return markdown_table([*headings, "won / tied / lost"], [row for _, row in rows])
+
+
 def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Sequence[str]) -> str:
     """Markdown: plain training's last weights, the best checkpoint, and some methods, on the settings all of them have.
 

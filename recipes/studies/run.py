@@ -32,6 +32,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from transformers import EvalPrediction
 
@@ -329,7 +331,7 @@ def build(
     return trainer, bests
 
 
-def with_clean_labels(data: ClassificationData, overrides: dict[str, Any]) -> ClassificationData:
+def with_clean_labels(data: ClassificationData, overrides: Mapping[str, Any]) -> ClassificationData:
     """The data of a method that is given the true labels of the validation rows: to choose by, or to train on."""
     from hf_reset.errors import ConfigError
 
