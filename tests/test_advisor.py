@@ -15,6 +15,7 @@ from hf_reset.diagnostics import LabelMemoryCallback
 from hf_reset.planner.excursions import recorded_events, with_events
 from hf_reset.policy import ResetState
 from hf_reset.training.advisor import ResetAdvisorCallback, _within_noise
+from hf_reset.training.hooks import resets_of
 
 
 def learnable(n, seed, noise=0.0):
@@ -209,8 +210,7 @@ def test_without_resets_there_is_no_advice(tmp_path):
     )
     trainer.train()
     assert not recorded_events(trainer.state.stateful_callbacks)
-    with pytest.raises(AttributeError):
-        _ = trainer.state._stochastic_reset_callback
+    assert resets_of(trainer.state) is None
 
 
 def test_a_run_that_was_to_have_no_resets_is_not_told_that_they_are_too_rare(tmp_path):

@@ -23,11 +23,11 @@ from hf_reset.anchor.scopes import named_parameters, unwrapped
 from hf_reset.diagnostics.modes import refuse_sharded
 from hf_reset.errors import ConfigError, DataError, refuse_below_one
 from hf_reset.planner.excursions import Entry
+from hf_reset.training.hooks import HookKeywords, resets_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from hf_reset.training.hooks import HookKeywords
 
 LEVEL = 0.9  # of the intervals
 FEWEST = 8  # increments, before anything is said
@@ -208,7 +208,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
         """Note the position; a reset begins a walk."""
         if not self._direction:
             return
-        resets = getattr(state, "_stochastic_reset_callback", None)
+        resets = resets_of(state)
         if resets is not None and resets.reset_state.last_reset_step == state.global_step - 1:
             self.walks = [*self.walks, [0.0]][-self.keep :]
         else:
@@ -218,7 +218,7 @@ class ExcursionDiffusionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Follow the anchor, and say what the walks so far show."""
-        resets = getattr(state, "_stochastic_reset_callback", None)
+        resets = resets_of(state)
         if resets is None:
             return
         if resets.reset_state.anchor_step not in (self._anchor_step, None):

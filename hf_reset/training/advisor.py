@@ -16,6 +16,7 @@ from hf_reset.planner import advice
 from hf_reset.planner.excursions import Event, evaluation_interval, recorded_events, with_events
 from hf_reset.policy import ResetConfig, ResetState, probability_now
 from hf_reset.training.callback import StochasticResetCallback
+from hf_reset.training.hooks import HookKeywords, resets_of
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.resume import record_event
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from typing_extensions import Unpack
 
-    from hf_reset.training.hooks import HookKeywords
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ResetAdvisorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Unpack[HookKeywords]
     ) -> None:
         """Look, and say what is new."""
-        resets: StochasticResetCallback | None = getattr(state, "_stochastic_reset_callback", None)
+        resets: StochasticResetCallback | None = resets_of(state)
         if resets is None or resets.reset_state.anchor_step is None or not resets.config.can_reset:
             return
         saved = recorded_events(state.stateful_callbacks)

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_reset.anchor.store import AnchorStore
 from hf_reset.errors import MetricError
 from hf_reset.policy import ResetConfig, ResetState, observe
+from hf_reset.training.hooks import HookKeywords, resets_of
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.parameters import TrainedParameters
 from hf_reset.training.scheduled import is_scheduled
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
     from typing_extensions import Unpack
-
-    from hf_reset.training.hooks import HookKeywords
 
 
 class BestWeightsCallback(TrainerCallback):
@@ -111,7 +110,7 @@ class BestWeightsCallback(TrainerCallback):
         value = self._watch.value_in(metrics)
         if value is None:
             return
-        resets = getattr(state, "_stochastic_reset_callback", None)
+        resets = resets_of(state)
         last = None if resets is None else resets.reset_state.last_reset_step
         seen = replace(self._seen, best=self.best, values=self._seen.values[-1:], last_reset_step=last)
         greater = self._watch.greater_is_better

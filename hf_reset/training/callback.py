@@ -22,6 +22,7 @@ from hf_reset.policy import ResetState, decide, finishes_with_anchor, observe, p
 from hf_reset.training import narration, resume
 from hf_reset.training.ema import Average
 from hf_reset.training.evidence import LossRows, Margins, RowSource
+from hf_reset.training.hooks import HookKeywords, introduce_resets, resets_of
 from hf_reset.training.parameters import TrainedParameters
 from hf_reset.training.run import Run, pass_over_once
 from hf_reset.training.scheduled import is_scheduled
@@ -29,7 +30,6 @@ from hf_reset.training.scheduled import is_scheduled
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from hf_reset.training.hooks import HookKeywords
 
 # Among Trainer's own, so that `transformers.logging.set_verbosity` and `log_level` are for it as well.
 logger = logging.get_logger("transformers.hf_reset")
@@ -390,10 +390,10 @@ class StochasticResetCallback(TrainerCallback):
             self._tell({"reset/anchor": self.reset_state.anchor_metric})
 
     def _refuse_second_callback(self, state: TrainerState) -> None:
-        other = getattr(state, "_stochastic_reset_callback", self)
-        if other is not self:
+        other = resets_of(state)
+        if other not in (None, self):
             raise ConfigError(
                 "Two reset callbacks are in one Trainer, and would undo each other's anchors. Pass one: either "
                 "`callbacks=[StochasticResetCallback(...)]`, or the `reset_*` fields of ResetTrainingArguments."
             )
-        state._stochastic_reset_callback = self  # pyright: ignore[reportAttributeAccessIssue]
+        introduce_resets(state, self)

@@ -16,6 +16,7 @@ from transformers.optimization import GreedyLR
 from hf_reset.errors import ConfigError, UnsupportedError
 from hf_reset.metrics.evaluation import CalibratedMetrics
 from hf_reset.training.callback import StochasticResetCallback
+from hf_reset.training.hooks import resets_of
 from hf_reset.training.metric import MetricWatch
 from hf_reset.training.validation import CALIBRATED, has_class_rows
 
@@ -74,7 +75,7 @@ class ExcursionEvaluations(TrainerCallback):
 
     def _at_work(self, args: TrainingArguments, state: TrainerState) -> StochasticResetCallback | None:
         """The reset callback, once resets have begun, up to the last step."""
-        resets: StochasticResetCallback | None = getattr(state, "_stochastic_reset_callback", None)
+        resets: StochasticResetCallback | None = resets_of(state)
         is_asked = getattr(args, "reset_evaluation_at", "schedule") == "excursion"
         if resets is None or not is_asked or not resets.reset_state.armed or state.global_step >= state.max_steps:
             return None
