@@ -131,6 +131,7 @@ def test_true_labels_of_validation_may_choose_or_be_all_there_is_to_train_on(stu
     assert chosen.train is data.train
     assert chosen.validation["label"] == chosen.validation["clean_label"] == [0, 1, 2, 0, 1]
     alone = study.with_clean_labels(data, {"train_on": "clean validation"})
+    assert study.with_clean_labels(data, {"then_train_on": "clean validation"}).train["text"] == alone.train["text"]
     assert (alone.train["text"], alone.train["label"]) == (["b", "c", "d", "e"], [1, 2, 0, 1])
     assert (alone.validation["text"], alone.validation["label"]) == (["a"], [0])
     assert not any(alone.train["is_mislabelled"])
@@ -140,6 +141,8 @@ def test_true_labels_of_validation_may_choose_or_be_all_there_is_to_train_on(stu
 def test_true_labels_that_a_study_does_not_know(study):
     with pytest.raises(ConfigError, match="validate_on must be 'clean labels', got 'gold'"):
         study.with_clean_labels(few_rows(), {"validate_on": "gold"})
+    with pytest.raises(ConfigError, match="train_on and validate_on both take the true labels"):
+        study.with_clean_labels(few_rows(), {"train_on": "clean validation", "validate_on": "clean labels"})
     with pytest.raises(ConfigError, match="train_on needs the true label of each validation row"):
         study.with_clean_labels(few_rows(clean=(0, 1, 2, 0, -1)), {"train_on": "clean validation"})
 

@@ -10,7 +10,7 @@ from hf_reset.report.comparison import Line, baseline_of, difference, lines_of, 
 from hf_reset.report.tables import Record, markdown_table, spread_text
 
 # What a study's methods say of themselves where they are given true labels, to train on or to choose by.
-_CLEAN = {"train_on", "validate_on"}
+_CLEAN = {"train_on", "then_train_on", "validate_on"}
 
 
 def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] | None = None) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import numpy as np
+    from torch import Tensor
     from transformers import EvalPrediction
 
     from hf_reset.study.classification import ClassificationData
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from hf_reset.study.tail import LowerLayers
 
 # What a method may be given of the validation rows' true labels, in a plan's words.
-CLEAN = {"train_on": "clean validation", "validate_on": "clean labels"}
+CLEAN = {"train_on": "clean validation", "then_train_on": "clean validation", "validate_on": "clean labels"}
 READINGS = {
     "loss": "eval_cross_entropy",
     "accuracy": "eval_accuracy",
@@ -169,6 +170,8 @@ def carry_out(run: Run, chosen: dict[str, Any], options: argparse.Namespace) -> 
     lower, data, known = materials(run, chosen, options.data_dir, options.model_dir)
     if run.arm.overrides.get("filter_with") == "cleanlab":
         return filter_and_retrain(run, chosen, lower, data, known)
+    if "then_train_on" in run.arm.overrides:
+        return train_twice(run, chosen, lower, data, known)
     return train_once(run, chosen, lower, with_clean_labels(data, run.arm.overrides), known)
 
 
@@ -253,12 +256,19 @@ def states_of(lower: LowerLayers, setting: Any, seed: int, data_dir: str, chosen
 
 
 def train_once(
-    run: Run, chosen: dict[str, Any], lower: LowerLayers, data: ClassificationData, known: dict[str, Any]
+    run: Run,
+    chosen: dict[str, Any],
+    lower: LowerLayers,
+    data: ClassificationData,
+    known: dict[str, Any],
+    start_from: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """One method's run: its choices' weights on the clean test, its suspects, what it cost."""
     from hf_reset.report.environment import peak_memory_bytes, reset_peak_memory
 
     trainer, bests = build(run, chosen, lower, data, known)
+    if start_from is not None:
+        trainer.model.load_state_dict(start_from)
     reset_peak_memory(trainer.args.device)
     start = time.perf_counter()
     trainer.train()
@@ -339,6 +349,8 @@ def with_clean_labels(data: ClassificationData, overrides: Mapping[str, Any]) ->
     for name, value in asked.items():
         if value != CLEAN[name]:
             raise ConfigError(f"{name} must be {CLEAN[name]!r}, got {value!r}.")
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)} both take the true labels of the validation rows. Give one of them.")
     if not asked:
         return data
     if min(data.validation["clean_label"]) < 0:
@@ -346,7 +358,7 @@ def with_clean_labels(data: ClassificationData, overrides: Mapping[str, Any]) ->
     true = data.validation.remove_columns(["label", "is_mislabelled"]).rename_column("clean_label", "label")
     true = true.add_column("clean_label", true["label"])  # pyright: ignore[reportCallIssue]
     true = true.add_column("is_mislabelled", [False] * len(true))  # pyright: ignore[reportCallIssue]
-    if "train_on" not in asked:
+    if "validate_on" in asked:
         return replace(data, validation=true)
     # The sobering control: four fifths of these rows are all there is to train on, and the rest chooses.
     order = sorted(range(len(true)), key=lambda row: (row % 5 == 0, row))  # in order of length: both get all lengths
@@ -431,6 +443,20 @@ def trajectory(trainer: Any, data: ClassificationData) -> dict[str, Any]:
         quality = trainer.suspects()["label_quality"].fillna(0.5)
         record["suspects_auroc"] = auroc(data, 1 - quality)
     return record
+
+
+def train_twice(
+    run: Run, chosen: dict[str, Any], lower: LowerLayers, data: ClassificationData, known: dict[str, Any]
+) -> dict[str, Any]:
+    """The noisy rows first, then from there the validation rows with their true labels. Both counted."""
+    start = time.perf_counter()
+    clean = with_clean_labels(data, run.arm.overrides)
+    trainer, bests = build(run, chosen, lower, data, known)
+    trainer.train()
+    with bests["loss"].swapped():
+        weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    record = train_once(run, chosen, lower, clean, known, start_from=weights)
+    return record | {"train_seconds": time.perf_counter() - start}
 
 
 def filter_and_retrain(
