@@ -46,6 +46,12 @@ TAKEN = [
     "elr, λ 7",
 ]  # of "settled", where not used
 
+TRUSTED = [  # what knows true labels of the validation rows
+    "plain, clean labels choose",
+    "clean validation rows",
+    "noisy rows, then clean ones",
+]
+
 
 def settings(records: list[dict], *, noisy: bool = True) -> list[str]:
     """The settings of which at least 40 % of the labels were made wrong; or the others, without those of a fifth."""
@@ -71,6 +77,14 @@ def taken_table(records: list[dict]) -> str:
     return comparison_table(shared)
 
 
+def trusted_table(records: list[dict]) -> str:
+    """What true labels of the validation rows are worth, on the columns and seeds where each use of them was run."""
+    runs = {arm: {(one["setting"]["name"], one["seed"]) for one in of_arms(records, arm)} for arm in TRUSTED}
+    shared = set.intersection(*runs.values())
+    chosen = of_arms(records, "plain", OURS[1], *TRUSTED)
+    return cells_table([one for one in chosen if (one["setting"]["name"], one["seed"]) in shared])
+
+
 SAMPLES = 4  # of the generated responses shown
 PRETRAINED = [  # of a language model that is worth generating with
     Column("test_loss_last", "clean test loss, last"),
@@ -92,6 +106,7 @@ STUDY = {
     "comparison_best_rivals": lambda records: best_rivals_table(records, OURS[1], settings(records)),
     "comparison_ablations": lambda records: rivals_table(of_arms(records, "plain", OURS[0], *ABLATIONS), OURS[0]),
     "comparison_last": lambda records: last_weights_table(records, settings(records)),
+    "comparison_trusted": trusted_table,
     "comparison_cells": lambda records: cells_table(of_arms(records, "plain", *OURS, "ema", "elr", "gce")),
     "headline": lambda records: headline_table(records, settings(records), OURS),
     "choices": choices_table,
