@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument(
         "--best_of", nargs="+", metavar="ARM", help="a row more: of these methods the one with the best noisy accuracy"
     )
+    compare.add_argument(
+        "--beside", nargs="+", metavar="ARM", help="hold the others beside these. Default: ours that most columns have"
+    )
     _add_find_errors(commands)
     options = parser.parse_args(argv)
     given = {name: value for name, value in vars(options).items() if name != "command"}
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "plan":
             print(plan_report(**given))
         elif options.command == "compare":
-            print(comparison_report(options.folder, options.settings, options.best_of))
+            print(comparison_report(options.folder, options.settings, options.best_of, options.beside))
         elif options.command == "find-errors":
             print(errors_report(**given))
         else:
@@ -138,7 +141,10 @@ def _check_written(data: Path, path: Path, argument: str, suffixes: tuple[str, .
 
 
 def comparison_report(
-    folder: str, settings: Sequence[str] | None = None, best_of_arms: Sequence[str] | None = None
+    folder: str,
+    settings: Sequence[str] | None = None,
+    best_of_arms: Sequence[str] | None = None,
+    beside: Sequence[str] | None = None,
 ) -> str:
     """The tables of a study's records; with its figure they are also written into its folder.
 
@@ -146,10 +152,12 @@ def comparison_report(
         folder: of records, one JSON a run.
         settings: names of the columns; None: all.
         best_of_arms: methods of which a row more takes the one that noisy validation prefers; None: no such row.
+        beside: methods beside which every other is held, in two tables each; None: those of this package with a
+            record on most columns, or all of them where none has.
 
     Raises:
         ConfigError: there are no records, or none of a setting that was named, or matplotlib is not installed.
-        DataError: fewer than two methods, or no run that all of them have.
+        DataError: fewer than two methods for `best_of_arms`, no run that all of them have, or no record of a method.
     """
     from hf_reset.report.best_of import best_of
     from hf_reset.report.comparison import (
@@ -173,7 +181,7 @@ def comparison_report(
     if best_of_arms is not None:
         records += best_of(records, best_of_arms)
     seeds = len({record["seed"] for record in records})
-    ours = list(dict.fromkeys(record["arm"] for record in records if record["is_ours"]))
+    ours = list(beside or _ours_on_most(records, len(chosen)))
     parts = [
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
@@ -197,6 +205,15 @@ def comparison_report(
     write_atomic(Path(folder) / "table.md", text + "\n")
     plot_comparison(records, Path(folder) / "comparison.png")
     return text
+
+
+def _ours_on_most(records: Sequence[Mapping[str, Any]], settings: int) -> list[str]:
+    """The methods of this package with a record on most of the settings; where none has, all of them."""
+    ours: dict[str, set[str]] = {}
+    for record in records:
+        if record["is_ours"]:
+            ours.setdefault(record["arm"], set()).add(record["setting"]["name"])
+    return [arm for arm, met in ours.items() if 2 * len(met) > settings] or list(ours)
 
 
 def plan_report(

@@ -369,6 +369,23 @@ def test_the_command_prints_the_table_and_draws(tmp_path, capsys):
     assert "| best of plain, reset | loss/accuracy |" in capsys.readouterr().out
 
 
+def test_the_command_holds_others_beside_ours_that_most_columns_have(tmp_path, capsys):
+    more = {"best_step": {"calibrated": None}, "history": {"accuracy": [[10, 0.5]]}}
+    part = record("a", "part", 0, ours=True, last=0.9, loss=0.1, accuracy=0.1, calibrated=0.90)
+    for number, one in enumerate([*RECORDS, part]):
+        (tmp_path / f"run--{number}--seed0.json").write_text(json.dumps({**one, **more}))
+    assert main(["compare", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "reset beside each other method" in printed  # on both columns
+    assert "part beside each other method" not in printed  # on one of two
+    assert main(["compare", str(tmp_path), "--settings", "a", "--beside", "part"]) == 0
+    printed = capsys.readouterr().out
+    assert "part beside each other method" in printed
+    assert "reset beside each other method" not in printed
+    assert main(["compare", str(tmp_path), "--beside", "nobody"]) == 2
+    assert "no record of the arm 'nobody'" in capsys.readouterr().err
+
+
 def test_a_study_of_cells_goes_on_where_its_file_ends_and_keeps_what_it_has(tmp_path):
     path, ran = tmp_path / "new" / "cells.json", []
 
