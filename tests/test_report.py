@@ -77,6 +77,17 @@ def test_a_folder_with_a_run_in_it_is_refused(tmp_path):
     assert not taken_up.has("reset", 0)
 
 
+def test_notes_of_seeds_that_nobody_prepares_again_are_kept(tmp_path):
+    first = results_in(tmp_path)
+    first.note("all: 3 rows have no label.", "seed 0: 5 rows were cut.")
+    first.add(record("plain", 0))
+    second = results_in(tmp_path, resume=True)
+    second.note("all: 3 rows have no label.", "seed 1: 7 rows were cut.")
+    second.add(record("plain", 1))
+    said = ["all: 3 rows have no label.", "seed 0: 5 rows were cut.", "seed 1: 7 rows were cut."]
+    assert read_results(tmp_path)["notes"] == said
+
+
 @pytest.mark.parametrize("inside", ["checkpoint-20", "reset-seed0/checkpoint-20"])
 def test_checkpoints_without_results_are_a_run_too(tmp_path, inside):
     (tmp_path / inside).mkdir(parents=True)

@@ -80,6 +80,7 @@ class Results:
             earlier = read_results(self.path)
             _refuse_other_configuration(self.path, earlier["configuration"], self.configuration, free)
             self.records = list(earlier["records"])
+            self.note(*earlier.get("notes", ()))  # of seeds whose data nobody prepares again
 
     def has(self, arm: str, seed: int) -> bool:
         """Whether the record of this arm and seed is there."""
