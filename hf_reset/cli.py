@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +169,7 @@ def comparison_report(
         suspects_table,
     )
     from hf_reset.report.comparison_figure import plot_comparison
-    from hf_reset.report.rivals import best_rivals_table, rivals_table
+    from hf_reset.report.rivals import best_rivals_table, ours_on_most, rivals_table
     from hf_reset.study.comparison import read_records
 
     records = read_records(folder)
@@ -181,7 +181,7 @@ def comparison_report(
     if best_of_arms is not None:
         records += best_of(records, best_of_arms)
     seeds = len({record["seed"] for record in records})
-    ours = list(beside or _ours_on_most(records, len(chosen)))
+    ours = list(beside or ours_on_most(records))
     parts = [
         f"Clean test accuracy, mean ± sample standard deviation over {seeds} seeds; the difference is paired by "
         "setting and seed, in points, with a 95 % bootstrap interval.",
@@ -205,15 +205,6 @@ def comparison_report(
     write_atomic(Path(folder) / "table.md", text + "\n")
     plot_comparison(records, Path(folder) / "comparison.png")
     return text
-
-
-def _ours_on_most(records: Sequence[Mapping[str, Any]], settings: int) -> list[str]:
-    """The methods of this package with a record on most of the settings; where none has, all of them."""
-    ours: dict[str, set[str]] = {}
-    for record in records:
-        if record["is_ours"]:
-            ours.setdefault(record["arm"], set()).add(record["setting"]["name"])
-    return [arm for arm, met in ours.items() if 2 * len(met) > settings] or list(ours)
 
 
 def plan_report(

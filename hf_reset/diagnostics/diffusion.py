@@ -28,7 +28,6 @@ from hf_reset.training.hooks import HookKeywords, resets_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
 LEVEL = 0.9  # of the intervals
 FEWEST = 8  # increments, before anything is said
 

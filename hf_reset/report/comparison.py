@@ -73,6 +73,21 @@ class Difference:
     losses: int
     worst: float
 
+    @property
+    def settings(self) -> int:
+        """How many settings both have."""
+        return self.wins + self.ties + self.losses
+
+    @property
+    def interval(self) -> str:
+        """The mean and its interval, as the tables show them."""
+        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+
+    @property
+    def tally(self) -> str:
+        """Won, tied and lost settings, as the tables show them."""
+        return f"{self.wins} / {self.ties} / {self.losses}"
+
 
 def settings_of(records: Sequence[Record]) -> list[str]:
     """Names of the settings, in the order in which they first appear."""
@@ -157,6 +172,14 @@ def lines_of(records: Sequence[Record]) -> list[Line]:
     return found
 
 
+def first_lines(records: Sequence[Record]) -> dict[str, Line]:
+    """Each method as it is read first, by name: ours by the calibrated loss, plain training by its last weights."""
+    found: dict[str, Line] = {}
+    for one in lines_of(records):
+        found.setdefault(one.arm, one)
+    return found
+
+
 def baseline_of(records: Sequence[Record]) -> Line:
     """The stronger best checkpoint of plain training, on each setting."""
     return line(records, "plain", "/".join(CLASSIC))
@@ -184,11 +207,11 @@ def comparison_table(records: Sequence[Record], settings: Sequence[str] | None =
             [
                 one.arm,
                 one.reading,
-                str(gap.wins + gap.ties + gap.losses),
+                str(gap.settings),
                 *cells,
-                f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
+                gap.interval,
                 f"{gap.worst:+.1f}",
-                f"{gap.wins} / {gap.ties} / {gap.losses}",
+                gap.tally,
                 "–" if seconds is None else f"{seconds[0]:.0f}",
             ]
         )
@@ -206,16 +229,12 @@ def last_weights_table(records: Sequence[Record], settings: Sequence[str] | None
     """
     settings = settings_of(records) if settings is None else settings
     baseline, rows = baseline_of(records), []
-    for one in lines_of(records):
-        if (one.arm == "plain" and one.reading != "last") or one.reading == "accuracy":
-            continue  # a method once, as it is read first
-        chosen = baseline if one.arm == "plain" else one
-        last, best = (difference(way, baseline, settings) for way in (line(records, one.arm, "last"), chosen))
-        if last is not None and best is not None:
-            counts = f"{last.wins} / {last.ties} / {last.losses}"
-            interval = f"{last.mean:+.1f} ({last.low:+.1f} to {last.high:+.1f})"
-            count = str(last.wins + last.ties + last.losses)
-            rows.append((last.mean, [one.arm, count, f"{best.mean:+.1f}", interval, f"{last.worst:+.1f}", counts]))
+    for arm, first in first_lines(records).items():
+        last = difference(line(records, arm, "last"), baseline, settings)
+        chosen = paired_points(baseline if arm == "plain" else first, baseline, settings)
+        if last is not None and chosen:
+            best = f"{statistics.fmean(points.mean() for points in chosen):+.1f}"
+            rows.append((last.mean, [arm, str(last.settings), best, last.interval, f"{last.worst:+.1f}", last.tally]))
     rows.sort(key=lambda row: -row[0])
     headings = ["method", "settings", "chosen, to best checkpoint", "last weights, to best checkpoint (95 %)", "worst"]
     return markdown_table([*headings, "won / tied / lost"], [row for _, row in rows])
@@ -241,8 +260,7 @@ def headline_table(records: Sequence[Record], settings: Sequence[str], arms: Seq
         mean = statistics.fmean(one.mean(setting) for setting in shared)
         told = ["–", "–", "–"]
         if gap is not None and one is not baseline:
-            counts = f"{gap.wins} / {gap.ties} / {gap.losses}"
-            told = [f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})", f"{gap.worst:+.1f}", counts]
+            told = [gap.interval, f"{gap.worst:+.1f}", gap.tally]
         rows.append([name, f"{100 * mean:.1f} %", *told])
     heading = f"clean test accuracy, mean of {len(shared)} columns"
     return markdown_table(

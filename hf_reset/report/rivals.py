@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 from hf_reset.errors import DataError
-from hf_reset.report.comparison import Line, baseline_of, difference, lines_of, paired_points, settings_of
+from hf_reset.report.comparison import Line, baseline_of, difference, first_lines, lines_of, paired_points, settings_of
 from hf_reset.report.tables import Record, markdown_table, spread_text
 
-# What a study's methods say of themselves where they are given true labels, to train on or to choose by.
-_CLEAN = {"train_on", "then_train_on", "validate_on"}
+TRUE_LABELS = {"train_on": "clean validation", "then_train_on": "clean validation", "validate_on": "clean labels"}
+"""The overrides of a study's arm that is given the validation rows' true labels, and what each has to say."""
 
 
 def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] | None = None) -> str:
@@ -39,8 +39,8 @@ def rivals_table(records: Sequence[Record], ours: str, settings: Sequence[str] |
                 one.name if one.arm != "plain" else f"plain, by {one.reading}",
                 str(sum(len(its.cells.get(setting, {})) for setting in settings)),
                 *(f"{statistics.fmean(points):+.1f}" if points else "–" for points in means),
-                f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})",
-                f"{gap.wins} / {gap.ties} / {gap.losses}",
+                gap.interval,
+                gap.tally,
             ]
         )
     return markdown_table(
@@ -106,15 +106,23 @@ def best_rivals_table(records: Sequence[Record], ours: str, settings: Sequence[s
     return markdown_table(headings, rows)
 
 
+def ours_on_most(records: Sequence[Record]) -> list[str]:
+    """The methods of this package with a record on most of the settings, by name; where none has, all of them."""
+    ours = {record["arm"] for record in records if record["is_ours"]}
+    lines = [one for arm, one in first_lines(records).items() if arm in ours]
+    most = [one for one in lines if 2 * len(one.cells) > len(settings_of(records))]
+    return [one.arm for one in most or lines]
+
+
 def _rivals_of(records: Sequence[Record]) -> list[str]:
     """The methods but plain training that are not of this package and see no label but the noisy ones, by name."""
-    theirs = [one for one in records if not one["is_ours"] and not _CLEAN & set(one.get("overrides", {}))]
+    theirs = [one for one in records if not one["is_ours"] and not TRUE_LABELS.keys() & one.get("overrides", {}).keys()]
     return [arm for arm in dict.fromkeys(record["arm"] for record in theirs) if arm != "plain"]
 
 
 def _line_of(records: Sequence[Record], arm: str) -> Line:
     """A method as it is read first."""
-    found = next((one for one in lines_of(records) if one.arm == arm), None)
+    found = first_lines(records).get(arm)
     if found is None:
         raise DataError(f"the study has no record of the arm {arm!r}.")
     return found

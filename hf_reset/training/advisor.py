@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from typing_extensions import Unpack
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -30,7 +30,6 @@ from hf_reset.training.scheduled import is_scheduled
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
 # Among Trainer's own, so that `transformers.logging.set_verbosity` and `log_level` are for it as well.
 logger = logging.get_logger("transformers.hf_reset")
 

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from hf_reset.study.comparison import Plan, Run
     from hf_reset.study.tail import LowerLayers
 
-# What a method may be given of the validation rows' true labels, in a plan's words.
-CLEAN = {"train_on": "clean validation", "then_train_on": "clean validation", "validate_on": "clean labels"}
 READINGS = {
     "loss": "eval_cross_entropy",
     "accuracy": "eval_accuracy",
@@ -296,13 +294,14 @@ def build(
 
     from hf_reset import ResetConfig, ResetTrainer, ResetTrainingArguments
     from hf_reset.metrics import with_calibrated_loss
+    from hf_reset.report.rivals import TRUE_LABELS
     from hf_reset.study.models import with_lora
     from hf_reset.study.tail import pad_states
     from hf_reset.training.best_weights import BestWeightsCallback
 
     set_seed(run.seed)
     settings = {**chosen["training"], **run.arm.overrides}
-    for name in CLEAN:
+    for name in TRUE_LABELS:
         settings.pop(name, None)  # obeyed where the data are chosen
     model: Any = lower.classifier(len(data.names))
     if rank := settings.pop("lora_rank", 0):
@@ -344,11 +343,12 @@ def build(
 def with_clean_labels(data: ClassificationData, overrides: Mapping[str, Any]) -> ClassificationData:
     """The data of a method that is given the true labels of the validation rows: to choose by, or to train on."""
     from hf_reset.errors import ConfigError
+    from hf_reset.report.rivals import TRUE_LABELS
 
-    asked = {name: overrides[name] for name in CLEAN if name in overrides}
+    asked = {name: overrides[name] for name in TRUE_LABELS if name in overrides}
     for name, value in asked.items():
-        if value != CLEAN[name]:
-            raise ConfigError(f"{name} must be {CLEAN[name]!r}, got {value!r}.")
+        if value != TRUE_LABELS[name]:
+            raise ConfigError(f"{name} must be {TRUE_LABELS[name]!r}, got {value!r}.")
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)} both take the true labels of the validation rows. Give one of them.")
     if not asked:
