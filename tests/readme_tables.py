@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
 from pathlib import Path
+
+from scripts import load_script
 
 from hf_reset.report import classification, instructions, paper
 from hf_reset.report.best_of import settled_table
@@ -68,21 +69,26 @@ def of_arms(records: list[dict], *arms: str) -> list[dict]:
     return [record for record in records if record["arm"] in arms]
 
 
+def runs_of(records: list[dict]) -> set[tuple[str, int]]:
+    """Setting and seed of each record."""
+    return {(record["setting"]["name"], record["seed"]) for record in records}
+
+
+def of_runs(records: list[dict], runs: set[tuple[str, int]]) -> list[dict]:
+    """The records of some settings and seeds."""
+    return [record for record in records if (record["setting"]["name"], record["seed"]) in runs]
+
+
 def taken_table(records: list[dict]) -> str:
     """What noisy validation took elsewhere beside what the comparison has, on the columns and seeds that have both."""
-    taken = of_arms(records, *TAKEN)
-    runs = {(record["setting"]["name"], record["seed"]) for record in taken}
-    arms = {"plain", *TAKEN, *(arm.partition(", ")[0] for arm in TAKEN)}
-    shared = [one for one in records if (one["setting"]["name"], one["seed"]) in runs and one["arm"] in arms]
-    return comparison_table(shared)
+    chosen = of_arms(records, "plain", *TAKEN, *(arm.partition(", ")[0] for arm in TAKEN))
+    return comparison_table(of_runs(chosen, runs_of(of_arms(records, *TAKEN))))
 
 
 def trusted_table(records: list[dict]) -> str:
     """What true labels of the validation rows are worth, on the columns and seeds where each use of them was run."""
-    runs = {arm: {(one["setting"]["name"], one["seed"]) for one in of_arms(records, arm)} for arm in TRUSTED}
-    shared = set.intersection(*runs.values())
-    chosen = of_arms(records, "plain", OURS[1], *TRUSTED)
-    return cells_table([one for one in chosen if (one["setting"]["name"], one["seed"]) in shared])
+    shared = set.intersection(*(runs_of(of_arms(records, arm)) for arm in TRUSTED))
+    return cells_table(of_runs(of_arms(records, "plain", OURS[1], *TRUSTED), shared))
 
 
 SAMPLES = 4  # of the generated responses shown
@@ -140,9 +146,7 @@ def table(name: str) -> str:
         path = RESULTS / "studies" / "paper" / f"{study}.json"
         return paper.table(study, json.loads(path.read_text(encoding="utf-8"))["records"])
     if name in ("never_locked_in", "judges", "prompts"):
-        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "studies" / f"{name}.py")
-        study = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(study)
+        study = load_script(f"studies/{name}.py")
         return study.table(json.loads((RESULTS / "studies" / f"{name}.json").read_text(encoding="utf-8"))["records"])
     if name == "racing":
         return _racing(json.loads((RESULTS / "studies" / "racing.json").read_text(encoding="utf-8"))["records"])

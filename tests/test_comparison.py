@@ -1,6 +1,5 @@
 """Studies of many methods: the plan's order, who takes which run, and the figures of the table by hand."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from datasets import Dataset
+from scripts import load_script
 
 from hf_reset.cli import main
 from hf_reset.errors import ConfigError, DataError
@@ -109,11 +109,8 @@ def test_the_committed_plans_read(request, name):
 
 
 @pytest.fixture(scope="module")
-def study(request):
-    spec = importlib.util.spec_from_file_location("study", request.config.rootpath / "recipes" / "studies" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def study():
+    return load_script("studies/run.py")
 
 
 def few_rows(*, clean=(0, 1, 2, 0, 1)):

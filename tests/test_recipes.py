@@ -1,7 +1,6 @@
 """The text-classification recipe from end to end, on settings so small that a run takes a second or two."""
 
 import csv
-import importlib.util
 import json
 import random
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scripts import load_script
 
 from hf_reset import ResetTrainingArguments
 from hf_reset.errors import ConfigError, DataError, MetricError
@@ -28,15 +28,7 @@ CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 TOPICS = {"fruit": "apple pear plum grape cherry", "metal": "iron copper zinc silver tin", "bird": "owl crow wren gull"}
 
 
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("text_classification_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
+recipe = load_script("text_classification/train.py")
 
 # 18 validation rows are few, and it says so.
 pytestmark = pytest.mark.filterwarnings("ignore::hf_reset.errors.WeakEvidenceWarning")

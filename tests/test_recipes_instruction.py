@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reset.corpora import train_tokenizer
@@ -38,15 +38,7 @@ QUICKSTART = FOLDER / "configs" / "quickstart.yaml"
 TEXTS = [f"Return the {word} of row {row}." for row in range(30) for word in ("name", "size", "last value")]
 
 
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("instruction_tuning_train", FOLDER / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
+recipe = load_script("instruction_tuning/train.py")
 
 
 @pytest.fixture(scope="module")

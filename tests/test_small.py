@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 from torch.nn import functional as F
 
 from hf_reset.anchor.store import AnchorStore
@@ -38,15 +37,7 @@ ROOT = Path(__file__).parents[1]
 SHORT = Training(steps=40, every=5)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("paper_study", ROOT / "recipes" / "studies" / "paper.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("studies/paper.py")
 
 
 @pytest.fixture
